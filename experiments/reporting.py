@@ -1,0 +1,189 @@
+"""Plots, tables and `report.md` of a run."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from tiltjax.train.evaluate import Point, PromptEstimates
+
+__all__ = ["COLOURS", "STYLE", "write"]
+
+COLOURS = {
+    "reference": "#000000",
+    "soft_best_of_n": "#0072B2",
+    "best_of_n": "#56B4E9",
+    "tilt": "#999999",
+    "tuned": "#D55E00",
+}
+"""One palette (Okabe and Ito, 2008: safe for colour-blind readers)."""
+
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (6.4, 4.2),
+    "figure.dpi": 130,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "font.size": 10,
+}
+
+
+def write(directory: pathlib.Path, config: Any, results: dict, samples: list[dict], *, train: PromptEstimates) -> None:
+    """Writes ``results.json``, the plots and ``report.md``, and prints the table.
+
+    Args:
+      directory: Of the run.
+      config: The run's dataclass.
+      results: Of `experiments.align.compare`.
+      samples: One mapping per held-out prompt: the prompt, and per policy ``(completion, reward)``.
+      train: Estimates on the training prompts.
+    """
+    _write_text(directory / "results.json", json.dumps(_plain(results), indent=2) + "\n")
+    with plt.rc_context(STYLE):
+        frontier_plot(directory / "frontier.png", config, results)
+        ess_plot(directory / "ess.png", config, train)
+    table = frontier_table(results)
+    _write_text(directory / "report.md", _report(config, results, samples, table, train))
+    print("\n" + table + "\n")
+    print(_verdict(config, results))
+    print(f"\nreport: {directory / 'report.md'}")
+
+
+def frontier_table(results: dict) -> str:
+    """Policies on the held-out prompts as a Markdown table, 95% intervals in brackets."""
+    rows = ["| policy | reward | KL to the reference, nats |", "| --- | --- | --- |"]
+    points = results["points"]
+    shown = [*points["reference"], *points["soft_best_of_n"][1:], *points["best_of_n"][-1:]]
+    for point in [*shown, *points.get("tuned", [])]:
+        name = point.name if point.strength is None else f"{point.name}, N = {point.strength}"
+        rows.append(f"| {name} | {point.reward} | {point.kl} |")
+    rows.append(
+        f"| the tilt itself (theory, importance-weighted) | {results['tilted_reward']} | {results['tilt_kl']} |"
+    )
+    return "\n".join(rows)
+
+
+def frontier_plot(path: pathlib.Path, config: Any, results: dict) -> None:
+    """Reward against KL: theory as lines, policies as markers."""
+    fig, ax = plt.subplots()
+    points = results["points"]
+
+    def xy(name: str) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([p.kl.mean for p in points[name]]), np.array([p.reward.mean for p in points[name]])
+
+    ax.plot(*xy("tilt"), color=COLOURS["tilt"], lw=2, label="tilt, every beta (importance-weighted)", zorder=1)
+    ax.plot(*xy("best_of_n"), "--", marker="s", ms=4, color=COLOURS["best_of_n"], label="best-of-N")
+    ax.plot(*xy("soft_best_of_n"), "-", marker="o", ms=4, color=COLOURS["soft_best_of_n"],
+            label=f"soft best-of-N, beta = {config.beta:g}")  # fmt: skip
+    for point in points["soft_best_of_n"]:
+        place = (point.kl.mean, point.reward.mean)
+        ax.annotate(str(point.strength), place, textcoords="offset points", xytext=(4, -11), fontsize=8)
+    ax.plot([results["tilt_kl"].mean], [results["tilted_reward"].mean], "d", color=COLOURS["tilt"], mec="black", ms=8,
+            label=f"tilt at beta = {config.beta:g}")  # fmt: skip
+    for name in ("reference", "tuned"):
+        for point in points.get(name, []):
+            ax.errorbar(point.kl.mean, point.reward.mean, yerr=_bars(point.reward), xerr=_bars(point.kl), fmt="*",
+                        ms=13 if name == "tuned" else 9, color=COLOURS[name], capsize=3,
+                        label="reference" if name == "reference" else f"tuned: {point.name}", zorder=3)  # fmt: skip
+    ax.set_xlabel("KL to the reference (nats per completion)")
+    ax.set_ylabel(f"held-out reward ({config.reward})")
+    ax.legend(fontsize=8)
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def ess_plot(path: pathlib.Path, config: Any, train: PromptEstimates) -> None:
+    """Effective sample size and tail index of the weights over training prompts."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.2))
+    left.hist(train.ess, bins=np.linspace(1, config.num_candidates, 20), color=COLOURS["soft_best_of_n"])
+    left.axvline(float(np.mean(train.ess)), color="black", lw=1, ls="--", label=f"mean {np.mean(train.ess):.1f}")
+    left.set_xlabel(f"effective sample size (of N = {config.num_candidates})")
+    left.set_ylabel("training prompts")
+    left.legend()
+    finite = np.isfinite(train.pareto_k)
+    right.hist(np.clip(train.pareto_k[finite], -1, 1.5), bins=20, color=COLOURS["best_of_n"])
+    right.axvline(0.7, color="black", lw=1, ls="--", label="0.7: not to be trusted above")
+    right.set_xlabel("Pareto k of the weights" if finite.any() else "Pareto k: N is too small to tell")
+    right.legend(fontsize=8)
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def _bars(interval: Any) -> np.ndarray:
+    return np.array([[interval.mean - interval.low], [interval.high - interval.mean]])
+
+
+def _verdict(config: Any, results: dict) -> str:
+    lines = [f"beta log Z = {results['optimum']}: the best value of reward - beta KL that any policy can reach."]
+    if "improvement" in results:
+        gain = results["improvement"]
+        sure = "the interval excludes 0" if gain.low > 0 else "the interval does not exclude 0"
+        lines.append(f"reward - beta KL of the tuned policy = {results['objective']}.")
+        lines.append(f"Held-out reward, tuned minus reference: {gain} ({sure}).")
+    return "\n".join(lines)
+
+
+def _report(config: Any, results: dict, samples: list[dict], table: str, train: PromptEstimates) -> str:
+    command = " ".join(
+        f"--{f.name}={getattr(config, f.name)}"
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != f.default and f.name != "resume"
+    )
+    parts = [
+        f"# {config.policy} tilted towards {config.reward} by {config.method}",
+        f"p*(y|x) = ref(y|x) exp(reward / {config.beta:g}) / Z(x), N = {config.num_candidates} candidates per prompt, "
+        f"{config.num_prompts} training and {config.num_eval_prompts} held-out prompts, completions of at most "
+        f"{config.max_tokens} tokens.",
+        "## Held-out prompts",
+        table,
+        _verdict(config, results),
+        "Intervals are 95% bootstrap intervals over prompts. Soft best-of-N is evaluated by its exact finite-N law, "
+        "with the observed candidates of each prompt as the reference; best-of-N by the unbiased expected maximum, at "
+        "the KL log N - (N-1)/N that holds without ties; the tilt by self-normalised importance weights, with the 1/N "
+        "bias of log Z removed by the jackknife.",
+        "![reward against KL](frontier.png)",
+        "## How far the weights can be trusted",
+        f"Training prompts: mean effective sample size {np.mean(train.ess):.2f} of {config.num_candidates}, smallest "
+        f"{np.min(train.ess):.2f}; mean log Z {np.mean(train.log_z):.3f} plain, "
+        f"{np.mean(train.log_z_jackknife):.3f} jackknife.",
+        "![effective sample size](ess.png)",
+        "## Samples",
+        "The first candidate of each policy (for soft best-of-N, the one it draws from the reference's candidates).",
+    ]
+    for sample in samples[:12]:
+        lines = [f"**{sample['prompt']}**", ""]
+        for name, value in sample.items():
+            if name != "prompt":
+                completion = " ".join(value[0].split())
+                lines.append(f"* {name} ({value[1]:+.2f}): {completion}")
+        parts.append("\n".join(lines))
+    parts += ["## Command", f"```\npython -m experiments.align {command}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Point):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
+    sys.stdout.flush()

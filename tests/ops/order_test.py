@@ -1,0 +1,109 @@
+import itertools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from tiltjax.ops.order import expected_max, pass_at_k
+
+RNG = np.random.default_rng(0)
+REWARD = RNG.normal(size=(4, 9)).astype(np.float32)
+WHERE = np.array([[1] * 9, [1, 0, 1, 1, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 1, 1, 0, 0], [1] + [0] * 8], bool)
+
+
+def mean_of_maxima(row, n):
+    return np.mean([max(row[list(s)]) for s in itertools.combinations(range(len(row)), n)])
+
+
+class ExpectedMaxTest(chex.TestCase):
+    @chex.all_variants(with_pmap=False)
+    @parameterized.parameters(1, 2, 5, 9)
+    def test_is_the_mean_over_all_subsets(self, n):
+        out = self.variant(lambda r: expected_max(r, n=n))(jnp.asarray(REWARD))
+        np.testing.assert_allclose(out, [mean_of_maxima(r.astype(np.float64), n) for r in REWARD], rtol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(1, 3, 4)
+    def test_masked_is_sliced_and_too_few_give_zero(self, n):
+        dirty = np.where(WHERE, REWARD, RNG.choice([np.nan, np.inf, -np.inf, 7], size=REWARD.shape)).astype(np.float32)
+        out = self.variant(lambda r, w: expected_max(r, n=n, where=w))(jnp.asarray(dirty), jnp.asarray(WHERE))
+        rows = [r[w].astype(np.float64) for r, w in zip(REWARD, WHERE, strict=True)]
+        expected = [mean_of_maxima(r, n) if len(r) >= n else 0 for r in rows]
+        np.testing.assert_allclose(out, expected, rtol=1e-5)
+
+    def test_vmaps_and_takes_any_leading_dimensions(self):
+        flat = expected_max(jnp.asarray(REWARD), n=3)
+        chex.assert_trees_all_close(jax.vmap(lambda r: expected_max(r, n=3))(jnp.asarray(REWARD)), flat)
+        chex.assert_trees_all_close(expected_max(REWARD.reshape(2, 2, 9), n=3), flat.reshape(2, 2))
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 100, 500, 999, 1000])
+def test_a_thousand_draws_against_exact_binomials(n):
+    reward = RNG.normal(size=1000).astype(np.float32) + 1000
+    ascending = np.sort(reward.astype(np.float64))
+    weights = [math.comb(i, n - 1) / math.comb(1000, n) for i in range(1000)]
+    np.testing.assert_allclose(sum(weights), 1, rtol=1e-12)
+    out, exact = expected_max(jnp.asarray(reward), n=n), np.dot(weights, ascending)
+    np.testing.assert_allclose(out, exact, rtol=2e-7)
+    masked = expected_max(jnp.append(reward, jnp.nan), n=n, where=jnp.arange(1001) < 1000)
+    np.testing.assert_allclose(masked, exact, rtol=2e-7)
+
+
+def test_is_unbiased():
+    # All 3^4 draws of 4 from a law on 3 points, against the expected maximum of 2 in closed form.
+    law, points = np.array([0.5, 0.3, 0.2]), np.array([-1.0, 0.5, 4.0])
+    draws = np.array(list(itertools.product(range(3), repeat=4)))
+    mean = np.dot(law[draws].prod(-1), expected_max(jnp.asarray(points[draws], jnp.float32), n=2))
+    cdf = np.cumsum(law)
+    np.testing.assert_allclose(mean, np.dot(np.diff(cdf**2, prepend=0), points), rtol=1e-5)
+
+
+def test_gradient_of_the_largest_and_of_the_mean():
+    row = jnp.asarray(REWARD[0])
+    np.testing.assert_allclose(jax.grad(lambda r: expected_max(r, n=9))(row), np.eye(9)[REWARD[0].argmax()], atol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda r: expected_max(r, n=1))(row), np.full(9, 1 / 9), rtol=1e-4)
+    nothing = jnp.zeros(9, bool)
+    bad = jnp.full(9, jnp.nan)
+    assert float(expected_max(bad, n=2, where=nothing)) == 0
+    np.testing.assert_array_equal(jax.grad(lambda r: expected_max(r, n=2, where=nothing))(bad), np.zeros(9))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (10, 1), (10, 3), (10, 10), (200, 100)])
+def test_pass_at_k_is_the_ratio_of_binomials(n, k):
+    c = np.arange(n + 1)
+    expected = [1 - math.comb(n - i, k) / math.comb(n, k) for i in c]
+    for call in (lambda c: pass_at_k(c, num_samples=n, k=k), jax.jit(lambda c: pass_at_k(c, num_samples=n, k=k))):
+        np.testing.assert_allclose(call(jnp.asarray(c)), expected, rtol=2e-7)
+    np.testing.assert_allclose(
+        jax.vmap(lambda c: pass_at_k(c, num_samples=n, k=k))(jnp.asarray(c)), expected, rtol=2e-7
+    )
+
+
+def test_pass_at_k_is_unbiased_where_the_plug_in_is_not():
+    n, k, p = 10, 3, 0.3
+    with jax.enable_x64(True):
+        chance = np.array([math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)])
+        unbiased = np.dot(chance, pass_at_k(jnp.arange(n + 1), num_samples=n, k=k))
+    plug_in = np.dot(chance, 1 - (1 - np.arange(n + 1) / n) ** k)
+    np.testing.assert_allclose(unbiased, 1 - (1 - p) ** k, atol=1e-12)
+    assert round(plug_in - (1 - (1 - p) ** k), 3) == -0.043
+
+
+@pytest.mark.parametrize("k", [1, 4, 7])
+def test_pass_at_k_is_the_expected_largest_of_zeros_and_ones(k):
+    correct = RNG.random((6, 9)) < np.linspace(0, 1, 6)[:, None]
+    c = jnp.asarray(correct.sum(-1))
+    out = expected_max(jnp.asarray(correct, jnp.float32), n=k)
+    np.testing.assert_allclose(out, pass_at_k(c, num_samples=9, k=k), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 10])
+def test_a_bad_size_is_named(bad):
+    with pytest.raises(ValueError, match=rf"n must lie between 1 and the number of draws, 9, got {bad}"):
+        expected_max(jnp.asarray(REWARD), n=bad)
+    with pytest.raises(ValueError, match=rf"k must lie between 1 and num_samples, 9, got {bad}"):
+        pass_at_k(jnp.asarray([1]), num_samples=9, k=bad)

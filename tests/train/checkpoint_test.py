@@ -1,0 +1,98 @@
+import json
+import logging
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.train.worlds import tiny_model
+from tiltjax.models import lora
+from tiltjax.train import checkpoint
+from tiltjax.train.sharding import make_mesh, shard
+from tiltjax.train.state import init_state
+
+TX = optax.adamw(1e-3)
+
+
+def state_at(step):
+    state = init_state(tiny_model(step), TX)
+    return state.replace(step=jnp.int32(step))
+
+
+def test_round_trip_is_bit_exact(tmp_path):
+    checkpoint.save(tmp_path, 3, state_at(3))
+    assert checkpoint.latest(tmp_path) == 3
+    chex.assert_trees_all_equal(checkpoint.restore(tmp_path, 3, state_at(0)), state_at(3))
+
+
+def test_adapters_alone(tmp_path):
+    trained, _ = lora.partition(lora.add(jax.random.key(0), tiny_model(), rank=2), lora.is_adapter)
+    checkpoint.save(tmp_path, 1, init_state(trained, TX))
+    chex.assert_trees_all_equal(checkpoint.restore(tmp_path, 1, init_state(trained, TX)).params, trained)
+
+
+def test_restores_on_another_mesh(tmp_path):
+    checkpoint.save(tmp_path, 1, shard(state_at(1), make_mesh("data:2,fsdp:2,tensor:2")))
+    like = shard(state_at(0), make_mesh("data:1,fsdp:8"))
+    restored = checkpoint.restore(tmp_path, 1, like)
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state_at(1)))
+    kernel = restored.params.blocks.up.kernel[...]
+    assert kernel.sharding == like.params.blocks.up.kernel[...].sharding
+    assert kernel.addressable_shards[0].data.shape == (2, 2, 32)
+
+
+def test_only_the_newest_stay(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"w": jnp.ones(2) * step}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "flip", "manifest"])
+def test_damaged_checkpoint_gives_way_to_the_last_whole_one(tmp_path, caplog, harm):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state_at(step))
+    files = [p for p in (tmp_path / "2" / "state").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    if harm == "truncate":
+        largest.write_bytes(data[: len(data) // 2])
+    elif harm == "remove":
+        largest.unlink()
+    elif harm == "flip":
+        data[len(data) // 2] ^= 1
+        largest.write_bytes(data)
+    else:
+        (tmp_path / "2" / "manifest.json").write_text('{"step": 2, "fi')
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.latest(tmp_path) == 1
+    assert "checkpoint is not whole" in caplog.text
+    chex.assert_trees_all_equal(checkpoint.restore(tmp_path, 1, state_at(0)), state_at(1))
+
+
+def test_checkpoint_cut_off_while_written_is_ignored(tmp_path, caplog):
+    checkpoint.save(tmp_path, 1, state_at(1))
+    shutil.copytree(tmp_path / "1", tmp_path / ".part-2")
+    (tmp_path / ".part-2" / "manifest.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.latest(tmp_path) == 1
+    assert "cut off while it was written" in caplog.text
+    checkpoint.save(tmp_path, 2, state_at(2))
+    assert checkpoint.latest(tmp_path) == 2
+    assert json.loads((tmp_path / "2" / "manifest.json").read_text())["step"] == 2
+
+
+def test_other_parameters_are_refused_by_name(tmp_path):
+    checkpoint.save(tmp_path, 1, {"a": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"\['a'\] should have shape \(4,\), the checkpoint has \(3,\)"):
+        checkpoint.restore(tmp_path, 1, {"a": jnp.zeros(4)})
+    with pytest.raises(ValueError, match=r"\['b'\] should have shape \(3,\), the checkpoint has None"):
+        checkpoint.restore(tmp_path, 1, {"b": jnp.zeros(3)})
+
+
+def test_nothing_there_is_none(tmp_path):
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+    np.testing.assert_equal(list(tmp_path.iterdir()), [])

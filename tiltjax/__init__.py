@@ -1,0 +1,32 @@
+"""tiltjax: every way of aligning a generative model is one exponential tilt of a reference distribution.
+
+    p*(y | x) = p_ref(y | x) exp(r(x, y) / beta) / Z(x),    log Z(x) = log E_{y ~ p_ref} exp(r(x, y) / beta)
+
+Subpackages load on first use, so ``import tiltjax`` costs nothing:
+
+    tilt      rewards -> weights, log Z, effective sample size
+    samplers  draw from the tilt: best-of-N, soft best-of-N, resampling, decoding
+    losses    fit it (weighted MLE) or invert it (DPO)
+    exact     worlds small enough to know everything
+    models    transformers with a shared-prompt attention; Hugging Face in and out
+    data      prompts, pairs, candidates
+    rewards   text -> float
+    train     one step, two ways to map it over devices
+    ops       the mathematics below
+"""
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.1.0"
+__all__ = ["data", "exact", "losses", "models", "ops", "rewards", "samplers", "tilt", "train", "types"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"tiltjax.{name}")
+    raise AttributeError(f"module 'tiltjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

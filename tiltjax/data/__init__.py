@@ -1,0 +1,1 @@
+"""Prompts, pairs and rankings from files; tokens; and `Candidates`, the one batch type."""

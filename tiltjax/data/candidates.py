@@ -1,0 +1,382 @@
+"""`Candidates`: a prompt and N completions of it, the one batch that everything trains on, draws or scores.
+
+Supervised fine-tuning has N = 1, a preference pair N = 2 (index 0 chosen, index 1 rejected), a ranking or a group N.
+Builders make NumPy arrays on the host; a `Candidates` is a pytree and moves to devices as any other.
+"""
+
+import math
+import os
+import secrets
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+from tiltjax.ops.checks import check_at_least, check_choice
+from tiltjax.types import Array, Bool, Float, Int
+
+__all__ = [
+    "Candidates",
+    "Tokens",
+    "bucket_length",
+    "concatenate",
+    "from_tokens",
+    "load",
+    "pad",
+    "pairs",
+    "save",
+    "select",
+    "supervised",
+    "take",
+]
+
+Tokens = Sequence[int] | Int[Array, "_"]
+"""Token ids of one prompt or one completion, not padded."""
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Candidates:
+    """B prompts and N completions of each, right-padded.
+
+    Attributes:
+      prompt: Tokens, ``[B, S]``.
+      prompt_mask: True on real tokens, ``[B, S]``.
+      completion: Tokens, ``[B, N, T]``.
+      completion_mask: True on real tokens up to and including EOS, ``[B, N, T]``.
+      reward: Higher is better, reward units, ``[B, N]``; None where there is none.
+      ref_logp: Log-probability of the whole completion under the reference, nats, ``[B, N]``; None until computed.
+      old_token_logp: Log-probability of every token under the policy that drew it, nats, ``[B, N, T]``; None offline.
+      where: True for real candidates, ``[B, N]``; None means all.
+    """
+
+    prompt: Int[Array, "B S"]
+    prompt_mask: Bool[Array, "B S"]
+    completion: Int[Array, "B N T"]
+    completion_mask: Bool[Array, "B N T"]
+    reward: Float[Array, "B N"] | None = None
+    ref_logp: Float[Array, "B N"] | None = None
+    old_token_logp: Float[Array, "B N T"] | None = None
+    where: Bool[Array, "B N"] | None = None
+
+
+_FIELDS = tuple(Candidates.__annotations__)
+_REQUIRED = _FIELDS[:4]
+
+
+def bucket_length(length: int, *, multiple: int = 64) -> int:
+    """The smallest positive multiple of ``multiple`` that holds ``length``: few shapes, so few compilations.
+
+    Example:
+      >>> [bucket_length(n, multiple=64) for n in (0, 1, 64, 65)]
+      [64, 64, 64, 128]
+    """
+    check_at_least("length", length, 0)
+    check_at_least("multiple", multiple, 1)
+    return max(1, -(-length // multiple)) * multiple
+
+
+def pad(
+    sequences: Sequence[Tokens], *, length: int | None = None, pad_id: int = 0, truncate: str | None = None
+) -> tuple[Int[np.ndarray, "n L"], Bool[np.ndarray, "n L"]]:
+    """Right-pads token sequences to one length.
+
+    Args:
+      sequences: n sequences of token ids.
+      length: L; None takes the longest.
+      pad_id: Token written where there is none.
+      truncate: What a sequence longer than ``length`` loses, its ``"left"`` or its ``"right"`` end; None refuses it.
+
+    Returns:
+      Tokens (int32) and mask, True on real tokens, both ``[n, L]``.
+
+    Raises:
+      ValueError: If a sequence is too long and ``truncate`` is None, or ``truncate`` is unknown.
+
+    Example:
+      >>> tokens, mask = pad([[7, 8, 9], [7]], pad_id=2)
+      >>> tokens.tolist(), mask.tolist()
+      ([[7, 8, 9], [7, 2, 2]], [[True, True, True], [True, False, False]])
+    """
+    if truncate is not None:
+        check_choice("truncate", truncate, ("left", "right"))
+    if length is None:
+        length = max(map(len, sequences), default=0)
+    check_at_least("length", length, 0)
+    tokens = np.full((len(sequences), length), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for i, sequence in enumerate(sequences):
+        size = len(sequence)
+        if size > length and truncate is None:
+            raise ValueError(f"sequence {i} has {size} tokens, more than length={length}; truncate it left or right")
+        kept = sequence[max(0, size - length) :] if truncate == "left" else sequence[:length]
+        tokens[i, : len(kept)] = kept
+        mask[i, : len(kept)] = True
+    return tokens, mask
+
+
+def from_tokens(
+    prompts: Sequence[Tokens],
+    completions: Sequence[Sequence[Tokens]],
+    *,
+    pad_id: int,
+    prompt_length: int | None = None,
+    completion_length: int | None = None,
+    truncate: bool = False,
+    reward: Sequence[Sequence[float | int] | Float[Array, "_"]] | Float[Array, "B N"] | None = None,
+) -> Candidates:
+    """Pads prompts and any number of completions of each into one batch.
+
+    Args:
+      prompts: Token ids of B prompts, none of them empty.
+      completions: For every prompt, token ids of its completions, EOS included. Their number may differ: ``where``
+        marks the real ones, and is None where all are.
+      pad_id: Token written where there is none.
+      prompt_length: S; None takes the longest.
+      completion_length: T; None takes the longest.
+      truncate: Whether a prompt may lose its start and a completion its end to fit; else too long a one is refused.
+      reward: One finite number per completion, reward units.
+
+    Returns:
+      `Candidates` of NumPy arrays.
+
+    Raises:
+      ValueError: If numbers disagree, a prompt is empty, a sequence is too long or a reward is not finite.
+
+    Example:
+      >>> batch = from_tokens([[5], [5, 6]], [[[7, 2], [8, 2]], [[9, 2]]], pad_id=0)
+      >>> batch.completion.shape, batch.where.tolist()
+      ((2, 2, 2), [[True, True], [True, False]])
+    """
+    _check_same_number("completions", completions, prompts)
+    for i, tokens in enumerate(prompts):
+        if len(tokens) == 0:
+            raise ValueError(f"prompt[{i}] is empty")
+    if prompt_length is not None:
+        check_at_least("prompt_length", prompt_length, 1)
+    if not truncate:
+        _check_fits("prompt", [prompts], prompt_length)
+        _check_fits("completion", completions, completion_length)
+    counts = np.array([len(group) for group in completions], int)
+    where = np.arange(max(1, counts.max(initial=0)))[None] < counts[:, None]
+    prompt, prompt_mask = pad(prompts, length=prompt_length, pad_id=pad_id, truncate="left")
+    flat = [completion for group in completions for completion in group]
+    real, real_mask = pad(flat, length=completion_length, pad_id=pad_id, truncate="right")
+    batch: dict[str, Any] = {"prompt": prompt, "prompt_mask": prompt_mask}
+    batch["completion"] = np.full((*where.shape, real.shape[-1]), pad_id, np.int32)
+    batch["completion_mask"] = np.zeros(batch["completion"].shape, bool)
+    batch["completion"][where], batch["completion_mask"][where] = real, real_mask
+    batch["reward"] = None if reward is None else _rewards(reward, counts, where)
+    batch["where"] = None if where.all() else where
+    return Candidates(**batch)
+
+
+def supervised(
+    prompts: Sequence[Tokens],
+    completions: Sequence[Tokens],
+    *,
+    pad_id: int,
+    prompt_length: int | None = None,
+    completion_length: int | None = None,
+    truncate: bool = False,
+) -> Candidates:
+    """One completion per prompt, N = 1; see `from_tokens`."""
+    return from_tokens(
+        prompts,
+        [[completion] for completion in completions],
+        pad_id=pad_id,
+        prompt_length=prompt_length,
+        completion_length=completion_length,
+        truncate=truncate,
+    )
+
+
+def pairs(
+    prompts: Sequence[Tokens],
+    chosen: Sequence[Tokens],
+    rejected: Sequence[Tokens],
+    *,
+    pad_id: int,
+    prompt_length: int | None = None,
+    completion_length: int | None = None,
+    truncate: bool = False,
+) -> Candidates:
+    """Preference pairs, N = 2: index 0 is chosen, index 1 rejected; see `from_tokens`.
+
+    Example:
+      >>> pairs([[5]], [[7, 2]], [[8, 9, 2]], pad_id=0).completion.tolist()
+      [[[7, 2, 0], [8, 9, 2]]]
+    """
+    _check_same_number("rejected", rejected, chosen, "chosen")
+    return from_tokens(
+        prompts,
+        list(zip(chosen, rejected, strict=True)),
+        pad_id=pad_id,
+        prompt_length=prompt_length,
+        completion_length=completion_length,
+        truncate=truncate,
+    )
+
+
+def take(candidates: Candidates, indices: Sequence[int] | slice | Int[Array, "K"]) -> Candidates:
+    """The prompts at ``indices``, with all of their candidates.
+
+    Args:
+      candidates: B prompts.
+      indices: K places in ``[0, B)``, or a slice.
+
+    Returns:
+      K prompts.
+    """
+    at = np.asarray(indices, int) if isinstance(indices, Sequence) else indices
+    return jax.tree.map(lambda x: x[at], candidates)
+
+
+def select(candidates: Candidates, index: Int[Array, "B K"]) -> Candidates:
+    """The candidates at ``index`` of every prompt: the best of N, or the best and the worst as a pair.
+
+    Args:
+      candidates: B prompts, N candidates.
+      index: K places in ``[0, N)`` per prompt.
+
+    Returns:
+      B prompts, K candidates, in the order of ``index``.
+
+    Example:
+      >>> batch = from_tokens([[5]], [[[7], [8], [9]]], pad_id=0, reward=[[0.1, 0.9, 0.5]])
+      >>> pair = select(batch, np.stack([batch.reward.argmax(-1), batch.reward.argmin(-1)], -1))
+      >>> pair.completion.tolist()
+      [[[8], [7]]]
+    """
+    chex.assert_rank(index, 2)
+    chex.assert_equal(index.shape[0], candidates.prompt.shape[0])
+    row = np.arange(index.shape[0])[:, None]
+    prompts = {name: getattr(candidates, name) for name in ("prompt", "prompt_mask")}
+    return Candidates(
+        **{name: x[row, index] for name, x in _given(candidates).items() if name not in prompts}, **prompts
+    )
+
+
+def concatenate(batches: Sequence[Candidates]) -> Candidates:
+    """One batch of all prompts, padded to the largest S, N and T among the batches.
+
+    What is added is token 0 and mask False (for a candidate, ``where`` False).
+
+    Args:
+      batches: At least one; ``reward``, ``ref_logp`` and ``old_token_logp`` are in all of them or in none.
+
+    Returns:
+      `Candidates` of NumPy arrays.
+
+    Raises:
+      ValueError: If there is no batch, or some batches have a field that others lack.
+    """
+    if not batches:
+        raise ValueError("batches is empty: nothing to concatenate")
+    parts = [_given(batch) for batch in batches]
+    for name in _FIELDS:
+        have = [name in part for part in parts]
+        if name != "where" and any(have) and not all(have):
+            raise ValueError(f"{name} is in batch {have.index(True)} but not in batch {have.index(False)}")
+    if any("where" in part for part in parts) or len({part["completion"].shape[1] for part in parts}) > 1:
+        parts = [{"where": np.ones(part["completion"].shape[:2], bool)} | part for part in parts]
+    joined: dict[str, Any] = {name: _stack([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+    return Candidates(**joined)
+
+
+def save(path: str | os.PathLike, candidates: Candidates, *, fingerprint: str | None = None) -> None:
+    """Writes a batch as ``.npz``, whole or not at all.
+
+    Args:
+      path: File to write, in a folder that exists; an older file is replaced.
+      candidates: Any batch; bfloat16 fields are written as float32.
+      fingerprint: Of the tokenizer that made the tokens (`tiltjax.data.text.tokenizer_fingerprint`), kept in the file.
+    """
+    path = Path(path)
+    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in _given(candidates).items()}
+    arrays = {name: x.astype(np.float32) if x.dtype.kind == "V" else x for name, x in arrays.items()}
+    if fingerprint is not None:
+        arrays["fingerprint"] = np.array(fingerprint)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike, *, fingerprint: str | None = None) -> Candidates:
+    """Reads what `save` wrote; nothing is unpickled.
+
+    Args:
+      path: The file.
+      fingerprint: Of the tokenizer in use; a file that was made with another one is refused.
+
+    Returns:
+      `Candidates` of NumPy arrays.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      ValueError: In one line, with the path: not such a file, cut short, or of another tokenizer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
+        raise ValueError(f"{path}: not a whole .npz file") from None
+    made_with = arrays.pop("fingerprint", None)
+    if fingerprint is not None and (made_with is None or str(made_with) != fingerprint):
+        raise ValueError(f"{path}: made with tokenizer {made_with}, not {fingerprint}")
+    if unknown := sorted(set(arrays) - set(_FIELDS)):
+        raise ValueError(f"{path}: unknown field {', '.join(unknown)}")
+    if missing := [name for name in _REQUIRED if name not in arrays]:
+        raise ValueError(f"{path}: no field {', '.join(missing)}")
+    return Candidates(**arrays)
+
+
+def _check_fits(name, groups, length):
+    for b, group in enumerate(groups):
+        for n, sequence in enumerate(group):
+            if length is not None and len(sequence) > length:
+                place = f"[{n}]" if name == "prompt" else f"[{b}][{n}]"
+                raise ValueError(f"{name}{place} has {len(sequence)} tokens, more than {name}_length={length}")
+
+
+def _check_same_number(name, values, others, other="prompts"):
+    if len(values) != len(others):
+        raise ValueError(f"{name} must be as many as {other} ({len(others)}), got {len(values)}")
+
+
+def _rewards(reward, counts, where):
+    _check_same_number("reward", reward, counts)
+    padded = np.zeros(where.shape, np.float32)
+    for b, (row, count) in enumerate(zip(reward, counts, strict=True)):
+        if len(row) != count:
+            raise ValueError(f"reward[{b}] must be as many as its completions ({count}), got {len(row)}")
+        for n, value in enumerate(row):
+            if not math.isfinite(value):
+                raise ValueError(f"reward[{b}][{n}] must be finite, got {float(value)}")
+        padded[b, :count] = row
+    return padded
+
+
+def _given(candidates: Candidates) -> dict[str, Any]:
+    return {name: value for name in _FIELDS if (value := getattr(candidates, name)) is not None}
+
+
+def _stack(arrays: list[np.ndarray]) -> np.ndarray:
+    inner = [max(sizes) for sizes in zip(*(x.shape[1:] for x in arrays), strict=True)]
+    grown = [
+        np.pad(x, [(0, 0), *((0, new - old) for new, old in zip(inner, x.shape[1:], strict=True))]) for x in arrays
+    ]
+    return np.concatenate(grown)

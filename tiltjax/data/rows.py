@@ -1,0 +1,284 @@
+"""Rows of training data, one type a kind, and what a record must have to become one.
+
+The columns are the ones that TRL reads, standard (text) or conversational (lists of ``{"role", "content"}``):
+
+    kind          columns
+    prompt        prompt
+    supervised    prompt, completion; or messages (the last turn is the completion); or text (the prompt is empty)
+    pair          prompt, chosen, rejected; or chosen, rejected that begin with the same prompt
+    unpaired      prompt, completion, label (true or false)
+    ranked        prompt, completions, rewards (one number per completion, higher is better)
+
+Other columns ride along.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tiltjax.data.text import Text
+from tiltjax.ops.checks import check_choice
+
+__all__ = ["KINDS", "ROLES", "PairRow", "PromptRow", "RankedRow", "Row", "SupervisedRow", "UnpairedRow", "parse_row"]
+
+KINDS = ("pair", "prompt", "ranked", "supervised", "unpaired")
+"""What a row can be."""
+
+ROLES = ("assistant", "developer", "system", "tool", "user")
+"""Who can say a message."""
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt to complete.
+
+    Attributes:
+      prompt: Text or conversation.
+      columns: Every other column, such as the right answer.
+    """
+
+    prompt: Text
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SupervisedRow:
+    """A prompt and the completion to imitate.
+
+    Attributes:
+      prompt: Text or conversation; the empty text where the data had none.
+      completion: Text or conversation.
+      columns: Every other column.
+    """
+
+    prompt: Text
+    completion: Text
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A prompt and two completions, one of them preferred.
+
+    Attributes:
+      prompt: Text or conversation.
+      chosen: The preferred completion, without the prompt.
+      rejected: The other one, without the prompt.
+      columns: Every other column.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class UnpairedRow:
+    """A prompt and a completion that was judged alone.
+
+    Attributes:
+      prompt: Text or conversation.
+      completion: Text or conversation.
+      label: True if it is wanted.
+      columns: Every other column.
+    """
+
+    prompt: Text
+    completion: Text
+    label: bool
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RankedRow:
+    """A prompt and N completions with a reward each.
+
+    Attributes:
+      prompt: Text or conversation.
+      completions: N texts or conversations.
+      rewards: N finite numbers, higher is better.
+      columns: Every other column.
+    """
+
+    prompt: Text
+    completions: list[Text]
+    rewards: list[float]
+    columns: dict[str, Any]
+
+
+Row = PromptRow | SupervisedRow | PairRow | UnpairedRow | RankedRow
+
+
+def parse_row(record: Any, kind: str) -> Row:
+    """Checks one record and takes its prompt and completions out of its columns.
+
+    Args:
+      record: Column names and plain Python values.
+      kind: One of `KINDS`.
+
+    Returns:
+      The row; columns that its kind does not use are in ``columns``.
+
+    Raises:
+      ValueError: With the reason, in one line, if the record is not a good row of this kind.
+
+    Example:
+      >>> row = parse_row({"chosen": "The sky is blue.", "rejected": "The sky is green.", "id": 7}, "pair")
+      >>> row.prompt, row.chosen, row.rejected, row.columns
+      ('The sky is', ' blue.', ' green.', {'id': 7})
+    """
+    check_choice("kind", kind, KINDS)
+    if not isinstance(record, dict):
+        raise ValueError(f"a row must be an object, got {_kind_of(record)}")
+    try:
+        return _PARSERS[kind](dict(record))
+    except KeyError as missing:
+        raise ValueError(f"no column {missing}; columns: {', '.join(record) or 'none'}") from None
+
+
+def _parse_prompt(columns: dict[str, Any]) -> PromptRow:
+    return PromptRow(_pop_prompt(columns), columns)
+
+
+def _parse_supervised(columns: dict[str, Any]) -> SupervisedRow:
+    if "completion" not in columns and "messages" in columns:
+        messages = _pop_text(columns, "messages")
+        if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError("messages must be a conversation that ends with the assistant's answer")
+        return SupervisedRow(messages[:-1], messages[-1:], columns)
+    if "completion" not in columns and "text" in columns:
+        text = _pop_text(columns, "text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("text must be a text that is not empty")
+        return SupervisedRow("", text, columns)
+    prompt = _pop_prompt(columns)
+    return SupervisedRow(prompt, _pop_completion(columns, "completion", prompt), columns)
+
+
+def _parse_pair(columns: dict[str, Any]) -> PairRow:
+    chosen, rejected = _pop_text(columns, "chosen"), _pop_text(columns, "rejected")
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are equal")
+    # Beside conversations that begin with the prompt, some datasets repeat it as text: that column rides along.
+    if "prompt" in columns and (isinstance(chosen, str) or not isinstance(columns["prompt"], str)):
+        prompt = _pop_prompt(columns)
+    else:
+        prompt, chosen, rejected = _split_prompt(chosen, rejected)
+    for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        _check_completion(name, completion, prompt)
+    return PairRow(prompt, chosen, rejected, columns)
+
+
+def _parse_unpaired(columns: dict[str, Any]) -> UnpairedRow:
+    prompt = _pop_prompt(columns)
+    completion, label = _pop_completion(columns, "completion", prompt), columns.pop("label")
+    if not isinstance(label, bool):
+        raise ValueError(f"label must be true or false, got {_kind_of(label)}")
+    return UnpairedRow(prompt, completion, label, columns)
+
+
+def _parse_ranked(columns: dict[str, Any]) -> RankedRow:
+    prompt, completions, rewards = _pop_prompt(columns), columns.pop("completions"), columns.pop("rewards")
+    for name, values in (("completions", completions), ("rewards", rewards)):
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{name} must be a list that is not empty, got {_kind_of(values)}")
+    if len(completions) != len(rewards):
+        raise ValueError(f"{len(completions)} completions but {len(rewards)} rewards")
+    texts = [_text(f"completions[{i}]", value) for i, value in enumerate(completions)]
+    for i, text in enumerate(texts):
+        _check_completion(f"completions[{i}]", text, prompt)
+    return RankedRow(prompt, texts, [_number(f"rewards[{i}]", reward) for i, reward in enumerate(rewards)], columns)
+
+
+_PARSERS: dict[str, Callable[[dict[str, Any]], Row]] = {
+    "pair": _parse_pair,
+    "prompt": _parse_prompt,
+    "ranked": _parse_ranked,
+    "supervised": _parse_supervised,
+    "unpaired": _parse_unpaired,
+}
+
+
+def _pop_text(columns: dict[str, Any], name: str) -> Text:
+    return _text(name, columns.pop(name))
+
+
+def _pop_prompt(columns: dict[str, Any]) -> Text:
+    prompt = _pop_text(columns, "prompt")
+    blank = [prompt] if isinstance(prompt, str) else [message.get("content", "") for message in prompt]
+    if not any(text.strip() for text in blank):
+        raise ValueError("prompt is empty")
+    return prompt
+
+
+def _pop_completion(columns: dict[str, Any], name: str, prompt: Text) -> Text:
+    completion = _pop_text(columns, name)
+    _check_completion(name, completion, prompt)
+    return completion
+
+
+def _check_completion(name: str, completion: Text, prompt: Text) -> None:
+    if isinstance(completion, str):
+        return
+    if isinstance(prompt, str):
+        raise ValueError(f"{name} is a conversation but prompt is a text")
+    if not completion or completion[0]["role"] != "assistant":
+        raise ValueError(f"{name} must begin with a message of the assistant")
+
+
+def _text(name: str, value: Any) -> Text:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        # TFDS stores a list of messages column by column.
+        if len({len(column) for column in value.values()}) > 1:
+            raise ValueError(f"{name} has columns of unequal lengths")
+        value = [dict(zip(value, message, strict=True)) for message in zip(*value.values(), strict=True)]
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a text or a list of messages, got {_kind_of(value)}")
+    return [_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
+
+
+def _message(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a message with role and content, got {_kind_of(value)}")
+    # Parquet fills in a null for every key that another message has.
+    message = {key: part for key, part in value.items() if part is not None}
+    if message.get("role") not in ROLES:
+        raise ValueError(f"{name} has unknown role {message.get('role')!r}; known: {', '.join(ROLES)}")
+    if not isinstance(message.get("content"), str) and not ("content" not in message and "tool_calls" in message):
+        raise ValueError(f"{name} must have a text as content, got {_kind_of(message.get('content'))}")
+    return message
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {_kind_of(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def _split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+    if isinstance(chosen, str) is not isinstance(rejected, str):
+        raise ValueError("chosen and rejected must both be texts or both be conversations")
+    alike = (a == b for a, b in zip(chosen, rejected, strict=False))
+    size = sum(1 for _ in itertools.takewhile(bool, alike))
+    if isinstance(chosen, str) and chosen[:size].endswith(" "):
+        size -= 1  # the space before a word belongs to the word
+    if not chosen[:size] or (isinstance(chosen, str) and not chosen[:size].strip()):
+        raise ValueError("no prompt: chosen and rejected do not begin alike")
+    return chosen[:size], chosen[size:], rejected[size:]
+
+
+def _kind_of(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a text"}
+    names |= {list: "a list", dict: "an object", bytes: "bytes"}
+    return names.get(type(value), type(value).__name__)

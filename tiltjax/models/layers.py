@@ -1,0 +1,117 @@
+"""Parts of a transformer: linear maps with optional low-rank adapters, norms, rotary positions."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tiltjax.types import Array, Dtype, Float, PRNGKey
+
+__all__ = ["ACTIVATIONS", "Linear", "Norm", "rotary", "rotate"]
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Linear(nnx.Module):
+    """``y = x W + b``, and with adapters ``y = x W + (x A) B * scale + b`` (LoRA).
+
+    Attributes:
+      kernel: ``[in, out]``.
+      bias: ``[out]`` or None.
+      lora_a: ``[in, rank]`` or None.
+      lora_b: ``[rank, out]`` or None; zero at the start, so that adapters change nothing until trained.
+      scale: ``alpha / rank``.
+    """
+
+    def __init__(self, key: PRNGKey, features_in: int, features_out: int, *, bias: bool, std: float):
+        self.kernel = nnx.Param(jax.random.normal(key, (features_in, features_out)) * std)
+        self.bias = nnx.data(nnx.Param(jnp.zeros(features_out)) if bias else None)
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.scale = 1.0
+
+    def __call__(self, x: Float[Array, "*batch I"], dtype: Dtype) -> Float[Array, "*batch O"]:
+        """Operands in ``dtype``, result in float32 or wider."""
+        y = matmul(x, self.kernel[...], dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + matmul(matmul(x, self.lora_a[...], dtype), self.lora_b[...], dtype) * self.scale
+        return y if self.bias is None else y + _along_last(self.bias[...], y)
+
+
+class Norm(nnx.Module):
+    """RMS norm, or layer norm with a bias, over the last axis in float32 or wider.
+
+    Attributes:
+      scale: ``[D]``.
+      bias: ``[D]``, None for RMS norm.
+      eps: Added to the variance.
+    """
+
+    def __init__(self, features: int, *, kind: str, eps: float):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.data(nnx.Param(jnp.zeros(features)) if kind == "layer" else None)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Normalises the last axis."""
+        if self.bias is not None:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        x = x * _along_last(self.scale[...], x)
+        return x if self.bias is None else x + _along_last(self.bias[...], x)
+
+
+def matmul(x: Float[Array, "*batch I"], w: Float[Array, "I O"], dtype: Dtype) -> Float[Array, "*batch O"]:
+    """``x W`` with operands in ``dtype`` and a float32 (or wider) result."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x.astype(dtype), w.astype(dtype), dimensions, preferred_element_type=wide)
+
+
+def rotary(
+    position: Array, *, dim: int, theta: float, scaling: tuple | None = None
+) -> tuple[Float[Array, "*batch R"], Float[Array, "*batch R"]]:
+    """Cosines and sines of the rotary angles, ``R = dim / 2``.
+
+    Args:
+      position: Integer positions, any shape.
+      dim: How many dimensions of a head rotate.
+      theta: Base of the angles.
+      scaling: See `tiltjax.models.config.TransformerConfig.rope_scaling`.
+
+    Returns:
+      ``(cos, sin)``, each ``[*position, dim / 2]``.
+
+    References:
+      Su et al., 2021, arXiv:2104.09864, Eq. 15.
+    """
+    frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    if scaling is not None:
+        frequency = frequency / scaling[1] if scaling[0] == "linear" else _llama3(frequency, *scaling[1:])
+    angle = position[..., None].astype(jnp.float32) * _along_last(frequency, position[..., None])
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "*batch L d"], cos: Float[Array, "*#batch L R"], sin: Float[Array, "*#batch L R"]
+) -> Float[Array, "*batch L d"]:
+    """Rotates the first ``2 R`` dimensions of every head by its position (the two halves are the pairs)."""
+    R = cos.shape[-1]
+    first, second, rest = x[..., :R], x[..., R : 2 * R], x[..., 2 * R :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def _llama3(frequency: Array, factor: float, low: float, high: float, original: float) -> Array:
+    """Slow dimensions are stretched by ``factor``, fast ones kept, those between interpolated (Llama 3.1)."""
+    turns = original * frequency / (2 * jnp.pi)
+    smooth = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequency * (smooth + (1 - smooth) / factor)
+
+
+def _along_last(vector: Array, like: Array) -> Array:
+    """``vector [D]`` with leading ones, so that nothing is promoted implicitly."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)

@@ -1,0 +1,271 @@
+"""One decoder-only transformer by config; the prompt is computed once for all of its N completions."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tiltjax.models.attention import KeyValue, Prefix, attention, causal_mask, prefix_window
+from tiltjax.models.config import TransformerConfig
+from tiltjax.models.layers import ACTIVATIONS, Linear, Norm, rotary, rotate
+from tiltjax.ops.tokens import TokenStats, dot, token_logp
+from tiltjax.types import Array, Bool, Dtype, Float, Int, PRNGKey
+
+__all__ = ["Block", "Cache", "Transformer"]
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Cache:
+    """Keys and values during decoding: the prompt's once, the completions' own per candidate.
+
+    Attributes:
+      prefix: ``[layers, B, K, S, d]``.
+      prompt_mask: ``[B, S]``.
+      own: ``[layers, B, N, K, T, d]``.
+      step: How many completion tokens it holds, scalar.
+    """
+
+    prefix: KeyValue
+    prompt_mask: Bool[Array, "..."]
+    own: KeyValue
+    step: Int[Array, ""]
+
+
+class Block(nnx.Module):
+    """Attention and MLP with their norms; `Transformer` holds all blocks as one, stacked along a leading axis."""
+
+    def __init__(self, key: PRNGKey, config: TransformerConfig):
+        c, keys = config, jax.random.split(key, 7)
+        norm = functools.partial(Norm, eps=c.norm_eps)
+        narrow = c.features**-0.5
+        self.attention_norm = norm(c.features, kind=c.norm)
+        self.query = Linear(keys[0], c.features, c.num_heads * c.head_dim, bias=c.qkv_bias, std=narrow)
+        self.key = Linear(keys[1], c.features, c.num_kv_heads * c.head_dim, bias=c.qkv_bias, std=narrow)
+        self.value = Linear(keys[2], c.features, c.num_kv_heads * c.head_dim, bias=c.qkv_bias, std=narrow)
+        self.query_norm = nnx.data(norm(c.head_dim, kind="rms") if c.qk_norm else None)
+        self.key_norm = nnx.data(norm(c.head_dim, kind="rms") if c.qk_norm else None)
+        out_std = (2 * c.num_layers * c.num_heads * c.head_dim) ** -0.5
+        self.out = Linear(keys[3], c.num_heads * c.head_dim, c.features, bias=c.out_bias, std=out_std)
+        self.mlp_norm = norm(c.features, kind=c.norm)
+        gate = Linear(keys[4], c.features, c.mlp_features, bias=c.mlp_bias, std=narrow) if c.gated else None
+        self.gate = nnx.data(gate)
+        self.up = Linear(keys[5], c.features, c.mlp_features, bias=c.mlp_bias, std=narrow)
+        down_std = (2 * c.num_layers * c.mlp_features) ** -0.5
+        self.down = Linear(keys[6], c.mlp_features, c.features, bias=c.mlp_bias, std=down_std)
+        self.config = c
+
+    def project(self, x: Float[Array, "B N L D"], angles: tuple | None) -> tuple[Array, KeyValue]:
+        """Queries ``[B, N, H, L, d]`` and keys and values ``[B, N, K, L, d]`` of a normalised input, rotated."""
+        c, dtype = self.config, self.config.compute_dtype
+        x = self.attention_norm(x)
+
+        def heads(y):
+            return jnp.moveaxis(y.reshape(*y.shape[:-1], y.shape[-1] // c.head_dim, c.head_dim), -2, -3)
+
+        q, k, v = heads(self.query(x, dtype)), heads(self.key(x, dtype)), heads(self.value(x, dtype))
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return q, KeyValue(key=k.astype(dtype), value=v.astype(dtype))
+
+    def finish(self, x: Float[Array, "B N L D"], attended: Float[Array, "B N H L d"]) -> Float[Array, "B N L D"]:
+        """Adds the attention output and the MLP to the residual stream."""
+        c, dtype = self.config, self.config.compute_dtype
+        merged = jnp.moveaxis(attended, -3, -2).reshape(*x.shape[:-1], c.num_heads * c.head_dim)
+        after = x + self.out(merged, dtype)
+        h = self.mlp_norm(x if c.parallel_residual else after)
+        act = ACTIVATIONS[c.activation]
+        hidden = act(self.up(h, dtype)) if self.gate is None else act(self.gate(h, dtype)) * self.up(h, dtype)
+        return after + self.down(hidden, dtype)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model: Llama, Mistral, Qwen2, Qwen3, GPT-NeoX or GPT-2, by its config.
+
+    A pytree of float32 (or bfloat16) parameters: `jax.jit`, `jax.grad` and optax take it as it is.
+
+    Attributes:
+      embedding: ``[V, D]``.
+      position_embedding: ``[positions, D]``, None with rotary positions.
+      blocks: One `Block` whose arrays have a leading axis of ``num_layers``.
+      norm: Final norm.
+      head: Vocabulary projection ``[V, D]``, None when tied to the embedding.
+      config: `TransformerConfig`, static.
+
+    Example:
+      >>> model = Transformer(jax.random.key(0), TransformerConfig(vocab_size=32))
+      >>> prompt, completion = jnp.ones((1, 3), int), jnp.ones((1, 4, 5), int)
+      >>> model.score(prompt, prompt > 0, completion).logp.shape
+      (1, 4, 5)
+    """
+
+    def __init__(self, key: PRNGKey, config: TransformerConfig):
+        c = config
+        keys = jax.random.split(key, 4)
+        self.embedding = nnx.Param(jax.random.normal(keys[0], (c.vocab_size, c.features)) * c.features**-0.5)
+        learned = jax.random.normal(keys[1], (c.max_positions, c.features)) * 0.01 if c.rope_theta is None else None
+        self.position_embedding: Any = nnx.data(None if learned is None else nnx.Param(learned))
+        self.blocks = jax.vmap(lambda k: Block(k, c))(jax.random.split(keys[2], c.num_layers))
+        self.norm = Norm(c.features, kind=c.norm, eps=c.norm_eps)
+        head = None if c.tied else nnx.Param(jax.random.normal(keys[3], (c.vocab_size, c.features)) * c.features**-0.5)
+        self.head = nnx.data(head)
+        self.config = c
+
+    def score(
+        self,
+        prompt: Int[Array, "B S"],
+        prompt_mask: Bool[Array, "B S"],
+        completion: Int[Array, "B N T"],
+        *,
+        temperature: float = 1.0,
+        chunk: int = 8192,
+    ) -> TokenStats:
+        """Log-probability, entropy and self-certainty of every completion token.
+
+        Args:
+          prompt: Right-padded prompt tokens.
+          prompt_mask: True on real prompt tokens; at least one per prompt.
+          completion: N right-padded completions of each prompt; what stands in the padding moves no real position.
+          temperature: Softmax temperature.
+          chunk: Vocabulary entries per step of `tiltjax.ops.tokens.token_logp`.
+
+        Returns:
+          `TokenStats`, each field ``[B, N, T]``; mask the padding before use.
+        """
+        hidden = self.hidden(prompt, prompt_mask, completion)
+        return token_logp(
+            hidden, self.projection(), completion, temperature=temperature, chunk=chunk, dtype=self.config.compute_dtype
+        )
+
+    def hidden(
+        self, prompt: Int[Array, "B S"], prompt_mask: Bool[Array, "B S"], completion: Int[Array, "B N T"]
+    ) -> Float[Array, "B N T D"]:
+        """Last hidden states, each at the position that predicts the completion token of the same index.
+
+        Args:
+          prompt: Right-padded prompt tokens.
+          prompt_mask: True on real prompt tokens.
+          completion: N right-padded completions of each prompt.
+
+        Returns:
+          The state after the prompt for the first token, after token ``t - 1`` for token ``t``.
+        """
+        c = self.config
+        N, T = completion.shape[1:]
+        start = jnp.sum(prompt_mask, axis=-1)
+        own_position = start[:, None] + jnp.arange(T - 1)[None]
+        x, angles = self._embed_prompt(prompt)
+        y, own_angles = self._embed(completion[..., : T - 1], own_position[:, None])
+        own_mask = causal_mask(T - 1, T - 1, window=c.sliding_window)
+        seen = prefix_window(prompt_mask, own_position, window=c.sliding_window)
+
+        def layer(carry, block):
+            x, y = carry
+            x, kv = self._prompt_layer(block, x, angles)
+            query, own = block.project(y, own_angles)
+            prefix = Prefix(kv=jax.tree.map(lambda a: a[:, 0], kv), mask=seen)
+            y = block.finish(y, attention(query, own, own_mask, prefix=prefix, dtype=c.compute_dtype))
+            return (x, y), None
+
+        (x, y), _ = jax.lax.scan(jax.checkpoint(layer) if c.remat else layer, (x, y), self.blocks)
+        last = _at(x[:, 0], start - 1)[:, None, None]
+        states = jnp.concatenate([jnp.broadcast_to(last, (last.shape[0], N, *last.shape[2:])), y], axis=2)
+        return self.norm(states)
+
+    def prefill(
+        self, prompt: Int[Array, "B S"], prompt_mask: Bool[Array, "B S"], *, num_candidates: int, max_tokens: int
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Runs the prompt once and makes room for N completions of it.
+
+        Args:
+          prompt: Right-padded prompt tokens.
+          prompt_mask: True on real prompt tokens.
+          num_candidates: N.
+          max_tokens: Longest completion.
+
+        Returns:
+          Logits of the first completion token, and the cache that `decode_step` advances.
+        """
+        c = self.config
+        x, angles = self._embed_prompt(prompt)
+        x, kv = jax.lax.scan(lambda x, block: self._prompt_layer(block, x, angles), x, self.blocks)
+        prefix = jax.tree.map(lambda a: a[:, :, 0], kv)
+        shape = (c.num_layers, prompt.shape[0], num_candidates, c.num_kv_heads, max_tokens, c.head_dim)
+        own = KeyValue(key=jnp.zeros(shape, c.compute_dtype), value=jnp.zeros(shape, c.compute_dtype))
+        last = self.norm(_at(x[:, 0], jnp.sum(prompt_mask, axis=-1) - 1))
+        cache = Cache(prefix=prefix, prompt_mask=prompt_mask, own=own, step=jnp.int32(0))
+        return dot(last, self.projection(), c.compute_dtype), cache
+
+    def decode_step(self, token: Int[Array, "B N"], cache: Cache) -> tuple[Float[Array, "B N V"], Cache]:
+        """Appends one token to every completion.
+
+        Args:
+          token: The token that was just chosen.
+          cache: From `prefill` or an earlier step.
+
+        Returns:
+          Logits of the next token, and the advanced cache.
+        """
+        c = self.config
+        t = cache.step
+        position = (jnp.sum(cache.prompt_mask, axis=-1) + t)[:, None]
+        y, angles = self._embed(token[..., None], position[:, None])
+        keys = jnp.arange(cache.own.key.shape[-2])[None]
+        own_mask = keys <= t if c.sliding_window is None else (keys <= t) & (t - keys < c.sliding_window)
+        seen = prefix_window(cache.prompt_mask, position, window=c.sliding_window)
+
+        def layer(y, inputs):
+            block, prefix, own = inputs
+            query, new = block.project(y, angles)
+            own = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, t, axis=-2), own, new)
+            attended = attention(query, own, own_mask, prefix=Prefix(kv=prefix, mask=seen), dtype=c.compute_dtype)
+            return block.finish(y, attended), new
+
+        y, new = jax.lax.scan(layer, y, (self.blocks, cache.prefix, cache.own))
+        own = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, t, axis=-2), cache.own, new)
+        state = self.norm(y[:, :, 0])
+        logits = dot(state.reshape(-1, state.shape[-1]), self.projection(), c.compute_dtype)
+        return logits.reshape(*token.shape, -1), dataclasses.replace(cache, own=own, step=t + 1)
+
+    def projection(self) -> Float[Array, "V D"]:
+        """The vocabulary projection: the head, or the embedding it is tied to."""
+        return self.embedding[...] if self.head is None else self.head[...]
+
+    def cast(self, dtype: Dtype) -> "Transformer":
+        """The same model with its matrices in ``dtype`` (for decoding, where reading them is the cost)."""
+
+        def convert(path, leaf):
+            return leaf.astype(dtype) if any(getattr(k, "name", None) in _MATRICES for k in path) else leaf
+
+        return jax.tree_util.tree_map_with_path(convert, self)
+
+    def _prompt_layer(self, block, x, angles):
+        query, kv = block.project(x, angles)
+        mask = causal_mask(x.shape[2], x.shape[2], window=self.config.sliding_window)
+        return block.finish(x, attention(query, kv, mask, dtype=self.config.compute_dtype)), kv
+
+    def _embed_prompt(self, prompt):
+        return self._embed(prompt[:, None], jnp.arange(prompt.shape[1])[None, None])
+
+    def _embed(self, token, position):
+        """Embeddings ``[B, N, L, D]`` and rotary angles (``[B or 1, 1, 1, L, R]``: the same for all N and heads)."""
+        c = self.config
+        # Rounded like every operand, so that `cast` changes no number.
+        x = self.embedding[...][token].astype(c.compute_dtype).astype(jnp.promote_types(c.compute_dtype, jnp.float32))
+        if self.position_embedding is not None:
+            return x + self.position_embedding[...][position].astype(x.dtype), None
+        assert c.rope_theta is not None
+        cos, sin = rotary(position, dim=c.rotary_dim, theta=c.rope_theta, scaling=c.rope_scaling)
+        return x, (cos[:, :, None], sin[:, :, None])
+
+
+_MATRICES = frozenset({"kernel", "embedding", "head", "lora_a", "lora_b"})
+
+
+def _at(x: Float[Array, "B S D"], index: Int[Array, "B"]) -> Float[Array, "B D"]:
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]

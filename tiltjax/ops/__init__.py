@@ -1,0 +1,1 @@
+"""Mathematics without meaning: reductions that know masks, log space and mapped axes."""

@@ -1,0 +1,123 @@
+"""From a name to a reward.
+
+A spec is ``name`` or ``name?option=value&option=value``, and a name is one of
+
+* a shipped reward: ``sentiment``, ``length?target=40``, ``exact_match``, ...;
+* ``reasoning_gym:task``, with the options of the task: ``reasoning_gym:chain_sum?min_terms=2&max_terms=3``;
+* ``module:attribute``, anything that can be imported: the attribute is the reward. With options it is what makes the
+  reward: ``my.rewards:parity?base=3`` is ``my.rewards.parity(base=3)``.
+
+A value is read as JSON (``3``, ``0.5``, ``true``, ``["+", "-"]``), and as plain text where it is no JSON.
+"""
+
+import functools
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+from tiltjax.rewards.extras import import_extra
+
+__all__ = ["SHIPPED", "load_reward"]
+
+SHIPPED: dict[str, tuple[str, str, str | None]] = {
+    "brevity": ("tiltjax.rewards.text", "brevity_reward", None),
+    "exact_match": ("tiltjax.rewards.verifiers", "exact_match", None),
+    "length": ("tiltjax.rewards.text", "length_reward", None),
+    "math": ("tiltjax.rewards.verifiers", "math_reward", "math_verify"),
+    "rouge_l": ("tiltjax.rewards.text", "rouge_l", "rouge_score"),
+    "sentiment": ("tiltjax.rewards.sentiment", "sentiment", "vaderSentiment"),
+}
+"""Name of every shipped reward: its module, its attribute and the optional package it needs."""
+
+_PUZZLE = "reasoning_gym:"
+
+
+def _known() -> str:
+    return f"{', '.join(sorted(SHIPPED))}, {_PUZZLE}task, or module:attribute"
+
+
+def _parse_options(spec: str, text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for part in text.split("&"):
+        key, equals, value = part.partition("=")
+        if not key.isidentifier() or not equals or key in options:
+            raise ValueError(
+                f"options of a reward must read key=value&key=value, each key once; got {part!r} in {spec!r}"
+            )
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def _import_attribute(spec: str, module_name: str, path: str) -> Any:
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"reward {spec!r}: module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        return functools.reduce(getattr, path.split("."), module)
+    except AttributeError as error:
+        raise ValueError(f"reward {spec!r}: module {module_name!r} has no attribute {path!r}") from error
+
+
+def _call_factory(spec: str, factory: Callable[..., Any], options: dict[str, Any]) -> Any:
+    try:
+        signature = inspect.signature(factory)
+        signature.bind(**options)
+    except TypeError as error:
+        raise ValueError(f"reward {spec!r}: {error}; its options are {signature}") from error
+    for key, value in options.items():
+        if key in signature.parameters and signature.parameters[key].annotation is int and type(value) is not int:
+            raise ValueError(f"reward {spec!r}: {key} must be an integer, got {value!r}")
+    return factory(**options)
+
+
+def load_reward(spec: str) -> Callable[..., Any]:
+    """The reward that a spec names; the top of this module has the syntax.
+
+    Args:
+      spec: ``name`` or ``name?option=value&option=value``.
+
+    Returns:
+      A reward ``(prompts, completions, ...) -> floats``; `tiltjax.rewards.gate.score` calls it.
+
+    Raises:
+      ValueError: If the name is unknown (the message lists the known ones), the module cannot be imported, it has no
+        such attribute, the attribute is no callable, or an option is malformed, unknown or refused.
+      ImportError: If a shipped reward needs a package that is not installed.
+
+    Example:
+      >>> load_reward("length?target=2")(["Say hi."], ["Hi."])
+      [-0.5]
+    """
+    name, question, rest = spec.partition("?")
+    options = _parse_options(spec, rest) if question else {}
+    if name.startswith(_PUZZLE):
+        from tiltjax.rewards.puzzles import puzzle_reward
+
+        return puzzle_reward(name.removeprefix(_PUZZLE), **options)
+    if name in SHIPPED:
+        module_name, attribute, package = SHIPPED[name]
+        if package is not None:
+            import_extra(package)
+        shipped = getattr(importlib.import_module(module_name), attribute)
+        if attribute.endswith("_reward"):
+            return _call_factory(spec, shipped, options)
+        if options:
+            raise ValueError(f"reward {name!r} has no options; got {', '.join(sorted(options))}")
+        return shipped
+    module_name, colon, path = name.partition(":")
+    if not (colon and module_name and path):
+        raise ValueError(f"unknown reward {name!r}; it must be one of {_known()}")
+    reward = _import_attribute(spec, module_name, path)
+    if callable(reward) and options:
+        reward = _call_factory(spec, reward, options)
+    if not callable(reward):
+        raise ValueError(f"reward {spec!r} must be callable, got {type(reward).__name__}")
+    return reward

@@ -1,0 +1,1 @@
+"""Draws from the tilt: selection among N candidates, resampling, and the decoding that makes the candidates."""

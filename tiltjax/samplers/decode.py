@@ -1,0 +1,121 @@
+"""Autoregressive decoding: N candidates of every prompt from a model that enters as a callable."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tiltjax.ops.checks import check_at_least
+from tiltjax.samplers.logits import categorical, greedy, processed
+from tiltjax.types import Array, Bool, Float, Int, PRNGKey
+
+__all__ = ["Decoded", "decode"]
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Decoded:
+    """N completions of every prompt, with the log-probabilities of what was drawn.
+
+    Attributes:
+      completion: Tokens, ``[B, N, T]``; padding after EOS.
+      completion_mask: True up to and including EOS, ``[B, N, T]``.
+      token_logp: Log-probability under the model at temperature 1, nats, ``[B, N, T]``; 0 on padding.
+      sampled_token_logp: Log-probability under the distribution that was drawn from (temperature, top-k, top-p
+        applied), nats, ``[B, N, T]``; 0 on padding.
+    """
+
+    completion: Int[Array, "..."]
+    completion_mask: Bool[Array, "..."]
+    token_logp: Float[Array, "..."]
+    sampled_token_logp: Float[Array, "..."]
+
+
+def decode(
+    key: PRNGKey,
+    logits: Float[Array, "B V"],
+    cache: Any,
+    step: Callable[[Int[Array, "B N"], Any], tuple[Float[Array, "B N V"], Any]],
+    *,
+    num_candidates: int,
+    max_tokens: int,
+    eos_id: int | tuple[int, ...],
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Decoded:
+    r"""Draws N completions per prompt, one token at a time, until every one has met EOS.
+
+    .. math:: y_t \sim \mathrm{filter}(p(\cdot \mid x, y_{<t})^{1/\tau})
+
+    The prompt's logits are given once and shared by its N candidates. The loop stops at the last live candidate.
+
+    Args:
+      key: Typed key; the token at step t is drawn with ``fold_in(key, t)``.
+      logits: Of the first completion token, from the prefill.
+      cache: Whatever ``step`` needs.
+      step: ``(token, cache) -> (logits, cache)`` of the next token; `tiltjax.models.Transformer.decode_step` is one.
+      num_candidates: N.
+      max_tokens: T, the longest completion.
+      eos_id: Token (or tokens) that end a completion; the EOS itself belongs to it.
+      pad_id: Token that fills the rest.
+      temperature: Softmax temperature; 0 is greedy.
+      top_k: Keep the k most probable tokens.
+      top_p: Keep the smallest set of tokens of this probability.
+
+    Returns:
+      `Decoded`.
+
+    Raises:
+      ValueError: If an option is out of range.
+    """
+    check_at_least("num_candidates", num_candidates, 1)
+    check_at_least("max_tokens", max_tokens, 1)
+    check_at_least("temperature", temperature, 0)
+    B, N, T = logits.shape[0], num_candidates, max_tokens
+    stops = jnp.asarray(eos_id).reshape(-1)
+
+    def draw(t, logits):
+        plain = jax.nn.log_softmax(logits)
+        if temperature == 0:
+            token = greedy(plain)
+            return token, _pick(plain, token), jnp.zeros(token.shape, plain.dtype)
+        shaped = processed(logits, temperature=temperature, k=top_k, p=top_p)
+        token = categorical(jax.random.fold_in(key, t), shaped)
+        if temperature == 1 and top_k is None and top_p is None:
+            logp = _pick(plain, token)
+            return token, logp, logp
+        return token, _pick(plain, token), _pick(jax.nn.log_softmax(shaped), token)
+
+    def put(out, t, drawn, done):
+        fields = zip(out, (*drawn, ~done), (pad_id, 0.0, 0.0, False), strict=True)
+        return tuple(buffer.at[:, :, t].set(jnp.where(done, fill, new)) for buffer, new, fill in fields)
+
+    def live(carry):
+        t, done, *_ = carry
+        return (t < T) & ~jnp.all(done)
+
+    def advance(carry):
+        t, done, token, cache, out = carry
+        logits, cache = step(token, cache)
+        drawn = draw(t, logits)
+        out = put(out, t, drawn, done)
+        return t + 1, done | jnp.isin(drawn[0], stops), drawn[0], cache, out
+
+    drawn = draw(0, jnp.broadcast_to(logits[:, None], (B, N, logits.shape[-1])))
+    out = (
+        jnp.full((B, N, T), pad_id, drawn[0].dtype),
+        jnp.zeros((B, N, T), drawn[1].dtype),
+        jnp.zeros((B, N, T), drawn[1].dtype),
+        jnp.zeros((B, N, T), bool),
+    )
+    out = put(out, 0, drawn, jnp.zeros((B, N), bool))
+    carry = (jnp.int32(1), jnp.isin(drawn[0], stops), drawn[0], cache, out)
+    token, logp, sampled, mask = jax.lax.while_loop(live, advance, carry)[-1]
+    return Decoded(completion=token, completion_mask=mask, token_logp=logp, sampled_token_logp=sampled)
+
+
+def _pick(logp: Array, token: Array) -> Array:
+    return jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0]

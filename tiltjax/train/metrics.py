@@ -1,0 +1,120 @@
+"""Numbers of a run: a JSONL file that a resumed run continues without a seam, TensorBoard events, intervals."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tiltjax.ops.checks import check_at_least
+from tiltjax.types import Array, Float
+
+__all__ = ["Interval", "MetricsWriter", "bootstrap_interval"]
+
+
+class MetricsWriter:
+    """Appends scalars to ``metrics.jsonl`` and to TensorBoard events; a context manager.
+
+    The file holds nothing that differs between two runs of the same configuration (no times, no paths): an interrupted
+    and resumed run ends with the same bytes as an unbroken one.
+
+    Args:
+      directory: Of the run.
+      resume_step: Lines of this step and later are dropped before the first write; None starts the file anew.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None):
+        from tensorboardX import SummaryWriter
+
+        folder = pathlib.Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [] if resume_step is None or not path.exists() else _whole_lines(path, resume_step)
+        part = path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(part, path)
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """One line: the step and its scalars."""
+        values = {name: float(value) for name, value in sorted(scalars.items())}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def _whole_lines(path: pathlib.Path, before: int) -> list[str]:
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError):
+            break  # The line that was being written when the run was killed.
+        if step < before:
+            kept.append(line)
+    return kept
+
+
+class Interval(NamedTuple):
+    """An estimate and the ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap_interval(
+    values: Float[Array, "P"], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Bootstrap interval of a mean over prompts (percentile method).
+
+    Candidates of one prompt are not independent: average them first and resample prompts.
+
+    Args:
+      values: One value per prompt.
+      level: Coverage.
+      resamples: Bootstrap draws.
+      seed: Of NumPy's generator, so that a report is reproducible.
+
+    Returns:
+      Mean, lower and upper end.
+
+    Raises:
+      ValueError: If there are fewer than 2 values.
+
+    Example:
+      >>> bootstrap_interval(np.zeros(5))
+      Interval(mean=0.0, low=0.0, high=0.0)
+    """
+    from scipy.stats import bootstrap
+
+    values = np.asarray(values, np.float64)
+    check_at_least("number of values", len(values), 2)
+    mean = float(values.mean())
+    if np.ptp(values) == 0:
+        return Interval(mean, mean, mean)
+    generator = np.random.default_rng(seed)
+    result = bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=level,
+        n_resamples=resamples,
+        method="percentile",
+        rng=generator,
+        batch=1000,
+    )
+    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))

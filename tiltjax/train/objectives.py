@@ -1,0 +1,140 @@
+"""Where models meet losses: ``kernel(logp, candidates)`` becomes the loss function of a train step."""
+
+from collections.abc import Callable, Mapping
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tiltjax.data.candidates import Candidates
+from tiltjax.losses import mle, preference
+from tiltjax.models.lora import combine
+from tiltjax.ops.masked import Average, average, masked_mean
+from tiltjax.ops.tokens import sequence_logp
+from tiltjax.tilt.partition import leave_one_out_log_partition
+from tiltjax.types import Array, AxisName, Bool, Float, Params, PRNGKey
+
+__all__ = ["Kernel", "VarBatch", "likelihood_objective", "method_kernel", "sft_objective", "var_objective"]
+
+Kernel = Callable[[Float[Array, "B N"], Candidates], tuple[Float[Array, "B"], Mapping[str, Float[Array, "B"]]]]
+"""``(logp, candidates) -> (loss per prompt, metrics per prompt)``."""
+
+
+def method_kernel(method: str, *, beta: float) -> Kernel:
+    """The kernel of a method that needs log-probabilities, rewards and reference log-probabilities only.
+
+    Args:
+      method: "tilted_mle", "best_of_n_sft", "dpo" (the two candidates are chosen and rejected) or "var_importance".
+      beta: Strength of the KL term, reward units.
+
+    Returns:
+      `Kernel`.
+
+    Raises:
+      ValueError: If the method is unknown.
+    """
+
+    def tilted_mle(logp, batch):
+        return mle.tilted_mle_loss(logp, batch.reward, beta=beta, where=batch.where), {}
+
+    def best_of_n_sft(logp, batch):
+        return mle.best_of_n_sft_loss(logp, batch.reward, where=batch.where), {}
+
+    def var_importance(logp, batch):
+        # log Z from the other candidates: a weight and its normaliser are independent.
+        log_z = leave_one_out_log_partition(batch.reward, beta=beta, where=batch.where)
+        single = jax.vmap(lambda l, r, z: mle.var_importance_loss(l[None], r[None], z, beta=beta))
+        values = single(logp.reshape(-1), batch.reward.reshape(-1), log_z.reshape(-1)).reshape(logp.shape)
+        return masked_mean(values, batch.where), {}
+
+    def dpo(logp, batch):
+        chosen, rejected = jnp.moveaxis(preference.implicit_reward(logp, batch.ref_logp, beta=beta), -1, 0)
+        metrics = {"margin": chosen - rejected, "accuracy": jnp.asarray(chosen > rejected, logp.dtype)}
+        return preference.dpo_loss(logp, batch.ref_logp, beta=beta, where=batch.where), metrics
+
+    kernels = {k.__name__: k for k in (tilted_mle, best_of_n_sft, dpo, var_importance)}
+    if method not in kernels:
+        raise ValueError(f"method must be one of {', '.join(kernels)}; got {method!r}")
+    return kernels[method]
+
+
+def likelihood_objective(kernel: Kernel, *, temperature: float = 1.0) -> Callable:
+    """A `tiltjax.train.step.LossFn` from a kernel on sequence log-probabilities.
+
+    Args:
+      kernel: Its values are averaged over prompts.
+      temperature: At which the policy's log-probabilities are taken.
+
+    Returns:
+      ``(params, frozen, candidates, key) -> (Average, metrics)``; ``frozen`` is the other half of
+      `tiltjax.models.lora.partition`, or None.
+    """
+
+    def loss_fn(params: Params, frozen: Params, batch: Candidates, key: PRNGKey):
+        logp = _logp(params, frozen, batch, temperature)
+        values, metrics = kernel(logp, batch)
+        real = _real(batch)
+        metrics = {**metrics, "logp": jnp.mean(logp, axis=-1)}
+        return average(values, real), {name: average(value, real) for name, value in metrics.items()}
+
+    return loss_fn
+
+
+def sft_objective() -> Callable:
+    """Supervised fine-tuning averaged over tokens: ``-sum logp / number of completion tokens`` of the whole batch."""
+
+    def loss_fn(params: Params, frozen: Params, batch: Candidates, key: PRNGKey):
+        values = mle.sft_loss(_logp(params, frozen, batch, 1.0), where=batch.where)
+        real = _real(batch)
+        mask = batch.completion_mask if batch.where is None else batch.completion_mask & batch.where[..., None]
+        tokens = jnp.sum(mask, axis=(1, 2)) / jnp.maximum(jnp.sum(jnp.any(mask, axis=2), axis=1), 1)
+        return Average(total=average(values, real).total, count=average(tokens, real).total), {}
+
+    return loss_fn
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class VarBatch:
+    """A mini-batch for VAR as printed: every completion of the batch scored under every prompt of it.
+
+    Attributes:
+      candidates: B prompts with N completions each.
+      ref_logp: ``[B, N, B]``: entry [i, n, j] is candidate n of prompt j under prompt i, nats.
+      reward: Likewise, reward units.
+    """
+
+    candidates: Candidates
+    ref_logp: Float[Array, "B N M"]
+    reward: Float[Array, "B N M"]
+
+
+def var_objective(*, beta: float, axis_name: AxisName = None) -> Callable:
+    """VAR as printed (in-batch log Z, the reference inside the weight), one mini-batch per candidate index.
+
+    Args:
+      beta: Strength of the KL term, reward units.
+      axis_name: Mapped axis over which the prompts of the mini-batch are split.
+
+    Returns:
+      A `tiltjax.train.step.LossFn` on `VarBatch`; logs the mean weight and its distance from 1, which is SFT.
+    """
+
+    def loss_fn(params: Params, frozen: Params, batch: VarBatch, key: PRNGKey):
+        logp = _logp(params, frozen, batch.candidates, 1.0).T
+        cross = (jnp.moveaxis(batch.ref_logp, 1, 0), jnp.moveaxis(batch.reward, 1, 0))
+        values = mle.var_loss(logp, *cross, beta=beta, axis_name=axis_name)
+        weights = mle.var_weights(*cross, beta=beta, axis_name=axis_name)
+        spread = jnp.abs(weights - 1)
+        return average(values), {"weight": average(weights), "weight_below_1": average(spread), "logp": average(logp)}
+
+    return loss_fn
+
+
+def _logp(params: Params, frozen: Params, batch: Candidates, temperature: float) -> Float[Array, "B N"]:
+    model = params if frozen is None else combine(params, frozen)
+    stats = model.score(batch.prompt, batch.prompt_mask, batch.completion, temperature=temperature)
+    return sequence_logp(stats.logp, batch.completion_mask)
+
+
+def _real(batch: Candidates) -> Bool[Array, "B"] | None:
+    return None if batch.where is None else jnp.any(batch.where, axis=-1)

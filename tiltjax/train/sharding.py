@@ -1,0 +1,166 @@
+"""Two mappings of the one train step: replicated (`jax.pmap`) and sharded (`jax.jit` over a mesh)."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tiltjax.train.state import TrainState
+from tiltjax.types import Params, PyTree
+
+__all__ = [
+    "AXES",
+    "BATCH",
+    "batch_sharding",
+    "make_mesh",
+    "param_spec",
+    "pmap_step",
+    "shard",
+    "sharded_step",
+    "shardings",
+]
+
+AXES = ("data", "fsdp", "tensor")
+"""Mesh axes: prompts over ``data`` and ``fsdp``; parameters over ``fsdp`` and ``tensor``."""
+
+BATCH = PartitionSpec(("data", "fsdp"))
+
+_COLUMN = ("query", "key", "value", "gate", "up")
+_ROW = ("out", "down")
+
+
+def make_mesh(spec: str = "") -> Mesh:
+    """A device mesh from ``"data:4,fsdp:2"``.
+
+    Args:
+      spec: Axis names with sizes; axes that are not named have size 1, one size may be -1 (all remaining devices).
+        The empty string puts every device on ``data``.
+
+    Returns:
+      A mesh with the axes `AXES`.
+
+    Raises:
+      ValueError: If an axis is unknown, a size is not an integer, or the product is not the number of devices.
+
+    Example:
+      >>> make_mesh("data:-1").axis_names
+      ('data', 'fsdp', 'tensor')
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, (spec or "data:-1").split(",")):
+        name, _, size = part.partition(":")
+        if name not in AXES or not size.lstrip("-").isdigit() or int(size) < -1 or int(size) == 0:
+            raise ValueError(f"mesh must be like data:4,fsdp:2,tensor:1 (axes {', '.join(AXES)}); got {part!r}")
+        sizes[name] = int(size)
+    devices = jax.device_count()
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"mesh may leave one size open, got {spec!r}")
+    known = math.prod(s for s in sizes.values() if s != -1)
+    sizes = {name: devices // known if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise ValueError(f"mesh {spec!r} has {math.prod(sizes.values())} places for {devices} devices")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Where a parameter lives, by the names in its path; optimizer state mirrors the names and so the places.
+
+    Kernels that widen (query, key, value, gate, up) split their output over ``tensor``, those that narrow (out, down)
+    their input, the embedding and the head their vocabulary; the other side goes over ``fsdp``. An axis that does not
+    divide its dimension is left out.
+
+    Args:
+      path: Any string that has the attribute names in it, for instance of `jax.tree_util.keystr`.
+      shape: Of the array.
+      mesh: From `make_mesh`.
+
+    Returns:
+      One entry per dimension.
+    """
+    names = set(path.replace("[", ".").replace("]", ".").replace("'", "").split("."))
+    wanted: tuple[str | None, ...] = (None,) * len(shape)
+    if names & {"embedding", "head"}:
+        wanted = ("tensor", "fsdp")
+    elif "kernel" in names and names & set(_COLUMN):
+        wanted = (None, "fsdp", "tensor")
+    elif "kernel" in names and names & set(_ROW):
+        wanted = (None, "tensor", "fsdp")
+    elif "bias" in names and names & set(_COLUMN):
+        wanted = (None, "tensor")
+    elif "lora_a" in names:
+        wanted = (None, "tensor" if names & set(_ROW) else "fsdp", None)
+    elif "lora_b" in names:
+        wanted = (None, None, "fsdp" if names & set(_ROW) else "tensor")
+    if len(wanted) != len(shape):
+        return PartitionSpec()
+    fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape, strict=True))
+    return PartitionSpec(*fits)
+
+
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The `NamedSharding` of every leaf of parameters, optimizer state or a whole `TrainState`."""
+
+    def place(path, leaf):
+        return NamedSharding(mesh, param_spec(jax.tree_util.keystr(path), np.shape(leaf), mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Prompts over the ``data`` and ``fsdp`` axes."""
+    return NamedSharding(mesh, BATCH)
+
+
+def shard(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copies parameters (or a state) to their places on the mesh; the copy may be donated."""
+    # device_put alone may keep the caller's buffers, on the devices that had them already.
+    return jax.device_put(jax.tree.map(jnp.copy, tree), shardings(tree, mesh))
+
+
+def sharded_step(step: Callable, state: TrainState, frozen: Params, mesh: Mesh) -> Callable:
+    """`jax.jit` of the train step over a mesh; the compiler places the communication.
+
+    Args:
+      step: ``(state, batch, key, frozen) -> (state, metrics)``, `tiltjax.train.step.train_step` with its options bound.
+      state: A state (or its shapes), for the structure.
+      frozen: Likewise.
+      mesh: From `make_mesh`.
+
+    Returns:
+      A function of the same signature. The state given to it is donated.
+    """
+    places = shardings(state, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        step,
+        in_shardings=(places, batch_sharding(mesh), whole, shardings(frozen, mesh)),
+        out_shardings=(places, whole),
+        donate_argnums=0,
+    )
+
+
+def pmap_step(step: Callable, *, axis_name: str = "data") -> Callable:
+    """`jax.pmap` of the train step: replicated parameters, prompts split over the devices.
+
+    Args:
+      step: ``(state, batch, key, frozen, axis_name=...) -> (state, metrics)``.
+      axis_name: Name of the mapped axis.
+
+    Returns:
+      ``(state, batch, key, frozen) -> (state, metrics)`` on unreplicated arrays; the number of prompts must be a
+      multiple of the number of devices.
+    """
+    mapped = jax.pmap(
+        functools.partial(step, axis_name=axis_name), axis_name=axis_name, in_axes=(None, 0, None, None), out_axes=None
+    )
+
+    def run(state, batch, key, frozen=None):
+        devices = jax.local_device_count()
+        parts = jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch)
+        return mapped(state, parts, key, frozen)
+
+    return run

@@ -1,0 +1,52 @@
+"""Array aliases, keys and callables: the words that every signature of the library is written in.
+
+Sizes, always in this order: ``B`` prompts, ``N`` candidates, ``S`` prompt tokens, ``T`` completion tokens,
+``V`` vocabulary, ``D`` features. Leading dimensions of a kernel are free and written ``*batch``.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, Key, PyTree
+
+__all__ = [
+    "Array",
+    "AxisName",
+    "Bool",
+    "Dtype",
+    "Float",
+    "Int",
+    "Key",
+    "Numeric",
+    "PRNGKey",
+    "Params",
+    "PyTree",
+    "Reward",
+]
+
+# A kernel takes NumPy arrays as they are. Ranks, shapes and types of arrays are checked by jaxtyping when the tests
+# run, far more closely than a static checker could.
+if TYPE_CHECKING:
+    Array = Any
+else:
+    Array = jax.Array | np.ndarray
+
+PRNGKey = Key[jax.Array, ""]
+"""A typed key from `jax.random.key`; first positional argument of every sampler, consumed once."""
+
+AxisName = str | None
+"""A mapped axis (`pmap`, `shard_map`, `vmap`) over which a kernel communicates, or None for one device."""
+
+Dtype = jax.typing.DTypeLike
+"""Anything `jax.numpy.dtype` accepts."""
+
+Params = PyTree
+"""A pytree of arrays; Flax NNX modules are such pytrees."""
+
+Numeric = int | float | Float[Array, ""]
+"""A Python number or a scalar array: an option such as ``beta`` that may be traced."""
+
+Reward = Callable[..., Any]
+"""``(prompts, completions, **columns) -> floats``: one reward per completion, higher is better."""
