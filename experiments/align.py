@@ -39,7 +39,9 @@ from tiltjax.ops.tokens import sequence_logp
 from tiltjax.rewards.gate import required_columns, score
 from tiltjax.rewards.registry import load_reward
 from tiltjax.samplers.best_of_n import best_of_n, soft_best_of_n
+from tiltjax.samplers.resample import resample
 from tiltjax.tilt.temperature import beta_for_ess
+from tiltjax.tilt.weights import tilt
 from tiltjax.train import evaluate
 from tiltjax.train.config import define_flags, field, from_flags, load_config, save_config
 from tiltjax.train.hardware import fast_dtype
@@ -69,7 +71,10 @@ class AlignConfig:
     num_prompts: int = field(64, "Training prompts, from the top of the file.")
     num_eval_prompts: int = field(32, "Held-out prompts, the rows after those.")
     max_tokens: int = field(24, "Longest completion, tokens.")
-    steps: int = field(32, "Optimizer steps.")
+    fit_candidates: int = field(
+        4, "tilted_mle: fit this many candidates per prompt, resampled from the tilt; 0 fits all N, each by its weight."
+    )
+    steps: int = field(24, "Optimizer steps.")
     batch_size: int = field(8, "Prompts per step, each with its N candidates.")
     microbatches: int = field(1, "Parts into which a batch is cut to save memory; the gradient is the same.")
     learning_rate: float = field(5e-5, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
@@ -94,7 +99,8 @@ class AlignConfig:
             check_at_least(name, getattr(self, name), 2)
         for name in ("max_tokens", "steps", "batch_size", "microbatches", "sample_batch", "checkpoint_every"):
             check_at_least(name, getattr(self, name), 1)
-        check_at_least("lora_rank", self.lora_rank, 0)
+        for name in ("lora_rank", "fit_candidates"):
+            check_at_least(name, getattr(self, name), 0)
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size={self.batch_size}, got {self.microbatches}")
 
@@ -256,10 +262,15 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any]:
         chosen, rejected = np.asarray(drawn.reward).T
         decided = np.stack([chosen > rejected] * 2, axis=1)  # A prompt whose candidates all tie teaches nothing.
         drawn = dataclasses.replace(drawn, where=decided)
+    kernel = method_kernel(config.method, beta=config.beta)
+    if config.method == "tilted_mle" and config.fit_candidates:
+        key = jax.random.fold_in(jax.random.key(config.seed), 6)
+        weights = tilt(jnp.asarray(drawn.reward), beta=config.beta).weights
+        drawn = batches.select(drawn, np.asarray(resample(key, weights, num=config.fit_candidates)))
+        kernel = method_kernel("sft", beta=config.beta)
     drawn = dataclasses.replace(drawn, old_token_logp=None)
     order = epoch_batches(config.num_prompts, config.batch_size, seed=config.seed)
-    objective = likelihood_objective(method_kernel(config.method, beta=config.beta))
-    return lambda step: batches.take(drawn, order(step)), objective
+    return lambda step: batches.take(drawn, order(step)), likelihood_objective(kernel)
 
 
 def var_blocks(world: World, drawn: Candidates) -> list[VarBatch]:
@@ -328,7 +339,7 @@ def run(config: AlignConfig) -> dict[str, Any]:
     held_out, texts = world.rollout("heldout", world.model, seed=1)
     results, samples = compare(world, held_out, texts, tuned)
     if config.method != "soft_best_of_n":
-        pretrained.save(tuned, directory / "hf", source=world.source, tokenizer=world.tokenizer)
+        pretrained.save(tuned, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
     reporting.write(directory, config, results, samples, train=estimates)
     return results
 

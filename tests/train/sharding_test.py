@@ -1,9 +1,11 @@
 import jax
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
 from tests.train.worlds import tiny_model
 from tiltjax.train.sharding import make_mesh, param_spec, shardings
+from tiltjax.train.state import init_state
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,15 @@ def test_rules_reach_every_matrix():
         name = jax.tree_util.keystr(path)
         matrix = "kernel" in name or "embedding" in name
         assert {axis for axis in place.spec if axis} == ({"fsdp", "tensor"} if matrix else set()), name
+        assert not matrix or "embedding" in name or place.spec[1] == ("tensor" if ".out." in name or ".down." in name else "fsdp")
+
+
+def test_optimizer_state_lies_where_its_parameters_do():
+    mesh = make_mesh("data:2,fsdp:2,tensor:2")
+    state = shardings(init_state(tiny_model(), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))), mesh)
+    params = jax.tree.leaves(state.params)
+    assert jax.tree.leaves(state.opt_state[1][0].mu) == params
+    assert jax.tree.leaves(state.opt_state[1][0].nu) == params
 
 
 def test_an_axis_that_does_not_divide_is_left_out():

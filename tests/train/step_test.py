@@ -88,7 +88,8 @@ def test_gradient_accumulation_is_the_big_batch(method, microbatches):
         )
         for m in (1, microbatches)
     )
-    chex.assert_trees_all_close(parts.params, whole.params, atol=1e-6, rtol=1e-6)
+    scale = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (whole.params, params)), strict=True))
+    chex.assert_trees_all_close(parts.params, whole.params, atol=1e-6 * max(1.0, scale), rtol=0)
     chex.assert_trees_all_close(many, one, atol=1e-6, rtol=1e-5)
 
 

@@ -23,15 +23,15 @@ class Cache:
     """Keys and values during decoding: the prompt's once, the completions' own per candidate.
 
     Attributes:
-      prefix: ``[layers, B, K, S, d]``.
+      prefix: One ``[B, K, S, d]`` per layer.
       prompt_mask: ``[B, S]``.
-      own: ``[layers, B, N, K, T, d]``.
+      own: One ``[B, N, K, T, d]`` per layer, updated in place under `jax.jit`.
       step: How many completion tokens it holds, scalar.
     """
 
-    prefix: KeyValue
+    prefix: tuple[KeyValue, ...]
     prompt_mask: Bool[Array, "..."]
-    own: KeyValue
+    own: tuple[KeyValue, ...]
     step: Int[Array, ""]
 
 
@@ -194,15 +194,18 @@ class Transformer(nnx.Module):
         c = self.config
         x, angles = self._embed_prompt(prompt)
         x, kv = jax.lax.scan(lambda x, block: self._prompt_layer(block, x, angles), x, self.blocks)
-        prefix = jax.tree.map(lambda a: a[:, :, 0], kv)
-        shape = (c.num_layers, prompt.shape[0], num_candidates, c.num_kv_heads, max_tokens, c.head_dim)
-        own = KeyValue(key=jnp.zeros(shape, c.compute_dtype), value=jnp.zeros(shape, c.compute_dtype))
+        prefix = tuple(jax.tree.map(lambda a: a[i, :, 0], kv) for i in range(c.num_layers))  # noqa: B023
+        shape = (prompt.shape[0], num_candidates, c.num_kv_heads, max_tokens, c.head_dim)
+        empty = KeyValue(key=jnp.zeros(shape, c.compute_dtype), value=jnp.zeros(shape, c.compute_dtype))
+        own = (empty,) * c.num_layers
         last = self.norm(_at(x[:, 0], jnp.sum(prompt_mask, axis=-1) - 1))
         cache = Cache(prefix=prefix, prompt_mask=prompt_mask, own=own, step=jnp.int32(0))
         return dot(last, self.projection(), c.compute_dtype), cache
 
     def decode_step(self, token: Int[Array, "B N"], cache: Cache) -> tuple[Float[Array, "B N V"], Cache]:
         """Appends one token to every completion.
+
+        In a loop, call it on `unstacked`: slicing a layer out of the stack costs more than computing it.
 
         Args:
           token: The token that was just chosen.
@@ -215,22 +218,19 @@ class Transformer(nnx.Module):
         t = cache.step
         position = (jnp.sum(cache.prompt_mask, axis=-1) + t)[:, None]
         y, angles = self._embed(token[..., None], position[:, None])
-        keys = jnp.arange(cache.own.key.shape[-2])[None]
+        keys = jnp.arange(cache.own[0].key.shape[-2])[None]
         own_mask = keys <= t if c.sliding_window is None else (keys <= t) & (t - keys < c.sliding_window)
         seen = prefix_window(cache.prompt_mask, position, window=c.sliding_window)
-
-        def layer(y, inputs):
-            block, prefix, own = inputs
+        filled = []
+        for block, prefix, own in zip(self.unstacked().blocks, cache.prefix, cache.own, strict=True):
             query, new = block.project(y, angles)
             own = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, t, axis=-2), own, new)
             attended = attention(query, own, own_mask, prefix=Prefix(kv=prefix, mask=seen), dtype=c.compute_dtype)
-            return block.finish(y, attended), new
-
-        y, new = jax.lax.scan(layer, y, (self.blocks, cache.prefix, cache.own))
-        own = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, t, axis=-2), cache.own, new)
+            y = block.finish(y, attended)
+            filled.append(own)
         state = self.norm(y[:, :, 0])
         logits = dot(state.reshape(-1, state.shape[-1]), self.projection(), c.compute_dtype)
-        return logits.reshape(*token.shape, -1), dataclasses.replace(cache, own=own, step=t + 1)
+        return logits.reshape(*token.shape, -1), dataclasses.replace(cache, own=tuple(filled), step=t + 1)
 
     def projection(self) -> Float[Array, "V D"]:
         """The vocabulary projection: the head, or the embedding it is tied to."""
@@ -243,6 +243,15 @@ class Transformer(nnx.Module):
             return leaf.astype(dtype) if any(getattr(k, "name", None) in _MATRICES for k in path) else leaf
 
         return jax.tree_util.tree_map_with_path(convert, self)
+
+    def unstacked(self) -> "Transformer":
+        """The same model with its blocks as a list, one per layer: the form to decode with."""
+        if isinstance(self.blocks, nnx.List):
+            return self
+        model = jax.tree.map(lambda x: x, self)
+        layers = range(self.config.num_layers)
+        model.blocks = nnx.List([jax.tree.map(lambda x: x[i], self.blocks) for i in layers])  # noqa: B023
+        return model
 
     def _prompt_layer(self, block, x, angles):
         query, kv = block.project(x, angles)

@@ -24,7 +24,7 @@ def method_kernel(method: str, *, beta: float) -> Kernel:
     """The kernel of a method that needs log-probabilities, rewards and reference log-probabilities only.
 
     Args:
-      method: "tilted_mle", "best_of_n_sft", "dpo" (the two candidates are chosen and rejected) or "var_importance".
+      method: "sft" (resampled candidates, all alike), "tilted_mle", "best_of_n_sft", "dpo" (the two candidates are chosen and rejected) or "var_importance".
       beta: Strength of the KL term, reward units.
 
     Returns:
@@ -33,6 +33,9 @@ def method_kernel(method: str, *, beta: float) -> Kernel:
     Raises:
       ValueError: If the method is unknown.
     """
+
+    def sft(logp, batch):
+        return mle.sft_loss(logp, where=batch.where), {}
 
     def tilted_mle(logp, batch):
         return mle.tilted_mle_loss(logp, batch.reward, beta=beta, where=batch.where), {}
@@ -52,7 +55,7 @@ def method_kernel(method: str, *, beta: float) -> Kernel:
         metrics = {"margin": chosen - rejected, "accuracy": jnp.asarray(chosen > rejected, logp.dtype)}
         return preference.dpo_loss(logp, batch.ref_logp, beta=beta, where=batch.where), metrics
 
-    kernels = {k.__name__: k for k in (tilted_mle, best_of_n_sft, dpo, var_importance)}
+    kernels = {k.__name__: k for k in (sft, tilted_mle, best_of_n_sft, dpo, var_importance)}
     if method not in kernels:
         raise ValueError(f"method must be one of {', '.join(kernels)}; got {method!r}")
     return kernels[method]

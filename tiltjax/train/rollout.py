@@ -53,7 +53,7 @@ def make_sampler(
             key,
             logits,
             cache,
-            model.decode_step,
+            model.unstacked().decode_step,
             num_candidates=num_candidates,
             max_tokens=max_tokens,
             eos_id=eos_id,

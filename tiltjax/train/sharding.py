@@ -74,27 +74,26 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     divide its dimension is left out.
 
     Args:
-      path: Any string that has the attribute names in it, for instance of `jax.tree_util.keystr`.
+      path: Attribute names joined by dots, such as ``blocks.query.kernel``; what stands before them does not matter.
       shape: Of the array.
       mesh: From `make_mesh`.
 
     Returns:
       One entry per dimension.
     """
-    names = set(path.replace("[", ".").replace("]", ".").replace("'", "").split("."))
-    wanted: tuple[str | None, ...] = (None,) * len(shape)
-    if names & {"embedding", "head"}:
+    *_, owner, name = ["", *path.removesuffix(".value").split(".")]
+    widens, narrows = owner in _COLUMN, owner in _ROW
+    wanted: tuple[str | None, ...] = ()
+    if name in ("embedding", "head"):
         wanted = ("tensor", "fsdp")
-    elif "kernel" in names and names & set(_COLUMN):
-        wanted = (None, "fsdp", "tensor")
-    elif "kernel" in names and names & set(_ROW):
-        wanted = (None, "tensor", "fsdp")
-    elif "bias" in names and names & set(_COLUMN):
+    elif name == "kernel" and (widens or narrows):
+        wanted = (None, "fsdp", "tensor") if widens else (None, "tensor", "fsdp")
+    elif name == "bias" and widens:
         wanted = (None, "tensor")
-    elif "lora_a" in names:
-        wanted = (None, "tensor" if names & set(_ROW) else "fsdp", None)
-    elif "lora_b" in names:
-        wanted = (None, None, "fsdp" if names & set(_ROW) else "tensor")
+    elif name == "lora_a":
+        wanted = (None, "fsdp" if widens else "tensor", None)
+    elif name == "lora_b":
+        wanted = (None, None, "tensor" if widens else "fsdp")
     if len(wanted) != len(shape):
         return PartitionSpec()
     fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape, strict=True))

@@ -1,0 +1,164 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from tiltjax.ops.tokens import dot, eos_mask, sequence_logp, token_logp
+
+V, D = 37, 8
+RNG = np.random.default_rng(0)
+HIDDEN, HEAD = RNG.normal(size=(2, 3, D)), RNG.normal(size=(V, D)) / 2
+TOKEN = RNG.integers(0, V, (2, 3))
+TOKEN[0, 0], TOKEN[1, 2] = 0, V - 1
+COTANGENTS = RNG.normal(size=(3, 2, 3))
+
+
+def exact(hidden, head, token, temperature):
+    """The three fields in float64, from the whole ``[.., V]``."""
+    logp = log_softmax(np.float64(hidden) @ np.float64(head).T / temperature, axis=-1)
+    entropy = -(np.exp(logp) * logp).sum(-1)
+    return np.take_along_axis(logp, token[..., None], -1)[..., 0], entropy, -np.log(len(head)) - logp.mean(-1)
+
+
+def plain(hidden, head, token, temperature):
+    """The same for JAX to differentiate."""
+    logp = jax.nn.log_softmax(jnp.einsum("...d,vd->...v", hidden, head) / temperature)
+    entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+    chosen = jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0]
+    return chosen, entropy, -jnp.log(1.0 * len(head)) - jnp.mean(logp, axis=-1)
+
+
+def fields(stats):
+    return stats.logp, stats.entropy, stats.self_certainty
+
+
+@functools.partial(jax.jit, static_argnums=3, static_argnames=("chunk", "dtype"))
+def chunked(hidden, head, token, temperature=1.0, **options):
+    return fields(token_logp(hidden, head, token, temperature=temperature, **options))
+
+
+def pulled_back(function, *, dtype=jnp.float64):
+    """Gradient with respect to hidden states and head of the fields, weighted by random cotangents."""
+    cotangents = tuple(jnp.asarray(COTANGENTS, dtype))
+
+    def total(hidden, head):
+        return sum(jnp.sum(c * field) for c, field in zip(cotangents, function(hidden, head), strict=True))
+
+    return jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.asarray(HIDDEN, dtype), jnp.asarray(HEAD, dtype))
+
+
+@pytest.mark.parametrize(("chunk", "temperature"), [(8, 1.0), (8, 0.7), (37, 1.0), (1, 2.0), (64, 0.7)])
+def test_is_the_float64_log_softmax(chunk, temperature):
+    expected = exact(HIDDEN, HEAD, TOKEN, temperature)
+    single = chunked(np.float32(HIDDEN), np.float32(HEAD), TOKEN, temperature, chunk=chunk)
+    np.testing.assert_allclose(single, expected, rtol=2e-5, atol=2e-6)
+    assert {x.dtype for x in single} == {np.dtype("float32")}
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(
+            chunked(HIDDEN, HEAD, TOKEN, temperature, chunk=chunk), expected, rtol=1e-11, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize(("chunk", "temperature"), [(8, 0.7), (64, 1.0)])
+def test_gradient_is_that_of_the_plain_formula(chunk, temperature):
+    with jax.enable_x64(True):
+        expected = pulled_back(lambda h, w: plain(h, w, TOKEN, temperature))
+        actual = pulled_back(lambda h, w: chunked(h, w, TOKEN, temperature, chunk=chunk))
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+    single = pulled_back(lambda h, w: chunked(h, w, TOKEN, temperature, chunk=chunk), dtype=jnp.float32)
+    for a, b in zip(single, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_operands_and_float32_sums():
+    hidden, head = (jnp.asarray(x, jnp.bfloat16) for x in (HIDDEN, HEAD))
+    expected = exact(np.asarray(hidden, np.float64), np.asarray(head, np.float64), TOKEN, 0.7)
+    for operands in ((hidden, head), (np.float32(HIDDEN), np.float32(HEAD))):
+        out = chunked(*operands, TOKEN, 0.7, chunk=8, dtype="bfloat16")
+        assert {x.dtype for x in out} == {np.dtype("float32")}
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
+    actual = pulled_back(lambda h, w: chunked(h, w, TOKEN, 0.7, chunk=8, dtype="bfloat16"), dtype=jnp.float32)
+    expected = pulled_back(lambda h, w: plain(h, w, TOKEN, 0.7), dtype=jnp.float32)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == jnp.float32
+        assert 0 < np.abs(a - b).max() < 0.02 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 1, 3)])
+def test_leading_dimensions_are_free(shape):
+    size = int(np.prod(shape))
+    hidden, token = np.float32(HIDDEN).reshape(-1, D)[:size], TOKEN.reshape(-1)[:size]
+    out = chunked(hidden.reshape(*shape, D), np.float32(HEAD), token.reshape(shape), chunk=8)
+    assert {x.shape for x in out} == {shape}
+    np.testing.assert_allclose(np.stack(out).reshape(3, -1), exact(hidden, HEAD, token, 1.0), rtol=2e-5, atol=2e-6)
+
+
+def test_logits_far_from_zero():
+    hidden = np.float32(30 * HIDDEN)
+    out = chunked(hidden, np.float32(HEAD), TOKEN, chunk=8)
+    np.testing.assert_allclose(out, exact(hidden, HEAD, TOKEN, 1.0), rtol=1e-5, atol=1e-4)
+
+
+def sizes(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.size for v in eqn.outvars)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from sizes(inner)
+
+
+def test_neither_pass_holds_all_logits():
+    M, chunk = 64, 8
+    hidden, head, token = np.ones((M, D), np.float32), np.float32(HEAD), np.zeros(M, int)
+
+    def largest(function):
+        def total(hidden, head):
+            return sum(jnp.sum(field) for field in function(hidden, head))
+
+        jaxprs = [jax.make_jaxpr(f)(hidden, head).jaxpr for f in (total, jax.grad(total, argnums=(0, 1)))]
+        return [max(sizes(jaxpr)) for jaxpr in jaxprs]
+
+    assert min(largest(lambda h, w: plain(h, w, token, 1.0))) == M * V
+    assert largest(lambda h, w: fields(token_logp(h, w, token, chunk=chunk))) == [M * chunk] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        token_logp(jnp.zeros((2, D)), jnp.zeros((V, D)), jnp.zeros(2, int), **options)
+
+
+def test_dot_sums_in_float32():
+    x, w = jnp.full((1, 4096), 1.0, jnp.bfloat16), jnp.full((1, 4096), 1.0 + 2**-7, jnp.bfloat16)
+    out = dot(x, w, jnp.bfloat16)
+    assert out.dtype == jnp.float32
+    assert float(out[0, 0]) == 4096 + 32  # bfloat16 has no such number
+
+
+def test_sequence_logp_ignores_what_the_padding_holds():
+    mask = jnp.asarray([[True, True, False], [True, False, False], [False] * 3])
+    logp = jnp.asarray([[-1.0, -2.0, jnp.nan], [-3.0, jnp.inf, -jnp.inf], [jnp.nan] * 3])
+    np.testing.assert_array_equal(sequence_logp(logp, mask), [-3.0, -3.0, 0.0])
+    np.testing.assert_array_equal(jax.grad(lambda x: sequence_logp(x, mask).sum())(logp), mask)
+    assert sequence_logp(logp.astype(jnp.bfloat16), mask).dtype == jnp.float32
+
+
+def test_eos_mask_ends_with_the_first_of_several():
+    token = jnp.asarray([[4, 2, 4, 2], [2, 2, 2, 2], [4, 9, 2, 4], [4, 4, 4, 4], [4, 4, 4, 9]])
+    ends = {2: [2, 1, 3, 4, 4], (2, 9): [2, 1, 2, 4, 4], (9,): [4, 4, 2, 4, 4]}
+    for eos_id, lengths in ends.items():
+        expected = np.arange(4) < np.array(lengths)[:, None]
+        np.testing.assert_array_equal(eos_mask(token, eos_id), expected)
+    assert eos_mask(token[:, None], 2).shape == (5, 1, 4)
