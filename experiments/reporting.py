@@ -13,6 +13,7 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from tiltjax.tilt.weights import tilt
 from tiltjax.train.evaluate import Point, PromptEstimates
 
 __all__ = ["COLOURS", "STYLE", "write"]
@@ -39,7 +40,15 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def write(directory: pathlib.Path, config: Any, results: dict, samples: list[dict], *, train: PromptEstimates) -> None:
+def write(
+    directory: pathlib.Path,
+    config: Any,
+    results: dict,
+    samples: list[dict],
+    *,
+    reward: np.ndarray,
+    train: PromptEstimates,
+) -> None:
     """Writes ``results.json``, the plots and ``report.md``, and prints the table.
 
     Args:
@@ -47,12 +56,13 @@ def write(directory: pathlib.Path, config: Any, results: dict, samples: list[dic
       config: The run's dataclass.
       results: Of `experiments.align.compare`.
       samples: One mapping per held-out prompt: the prompt, and per policy ``(completion, reward)``.
-      train: Estimates on the training prompts.
+      reward: Of the candidates of the training prompts, ``[P, N]``.
+      train: Estimates from them.
     """
     _write_text(directory / "results.json", json.dumps(_plain(results), indent=2) + "\n")
     with plt.rc_context(STYLE):
         frontier_plot(directory / "frontier.png", config, results)
-        ess_plot(directory / "ess.png", config, train)
+        ess_plot(directory / "ess.png", config, reward, train)
     table = frontier_table(results)
     _write_text(directory / "report.md", _report(config, results, samples, table, train))
     print("\n" + table + "\n")
@@ -103,18 +113,24 @@ def frontier_plot(path: pathlib.Path, config: Any, results: dict) -> None:
     plt.close(fig)
 
 
-def ess_plot(path: pathlib.Path, config: Any, train: PromptEstimates) -> None:
-    """Effective sample size and tail index of the weights over training prompts."""
+def ess_plot(path: pathlib.Path, config: Any, reward: np.ndarray, train: PromptEstimates) -> None:
+    """How many candidates the weights rest on: over prompts at this beta, and on average against beta."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.2))
-    left.hist(train.ess, bins=np.linspace(1, config.num_candidates, 20), color=COLOURS["soft_best_of_n"])
+    N = config.num_candidates
+    left.hist(train.ess, bins=np.linspace(1, N, 20), color=COLOURS["soft_best_of_n"])
     left.axvline(float(np.mean(train.ess)), color="black", lw=1, ls="--", label=f"mean {np.mean(train.ess):.1f}")
-    left.set_xlabel(f"effective sample size (of N = {config.num_candidates})")
+    left.set_xlabel(f"effective sample size (of N = {N})")
     left.set_ylabel("training prompts")
     left.legend()
-    finite = np.isfinite(train.pareto_k)
-    right.hist(np.clip(train.pareto_k[finite], -1, 1.5), bins=20, color=COLOURS["best_of_n"])
-    right.axvline(0.7, color="black", lw=1, ls="--", label="0.7: not to be trusted above")
-    right.set_xlabel("Pareto k of the weights" if finite.any() else "Pareto k: N is too small to tell")
+    betas = np.geomspace(config.beta / 20, config.beta * 20, 41)
+    sizes = np.array([tilt(reward, beta=float(b)).ess for b in betas])
+    low, high = np.quantile(sizes, [0.1, 0.9], axis=1)
+    right.fill_between(betas, low, high, color=COLOURS["soft_best_of_n"], alpha=0.2, lw=0, label="8 of 10 prompts")
+    right.plot(betas, sizes.mean(axis=1), color=COLOURS["soft_best_of_n"], label="mean over prompts")
+    right.axvline(config.beta, color="black", lw=1, ls="--", label=f"beta = {config.beta:g}")
+    right.set_xscale("log")
+    right.set_xlabel("beta (reward units)")
+    right.set_ylabel("effective sample size")
     right.legend(fontsize=8)
     fig.savefig(path)
     plt.close(fig)
@@ -156,7 +172,7 @@ def _report(config: Any, results: dict, samples: list[dict], table: str, train: 
         "## How far the weights can be trusted",
         f"Training prompts: mean effective sample size {np.mean(train.ess):.2f} of {config.num_candidates}, smallest "
         f"{np.min(train.ess):.2f}; mean log Z {np.mean(train.log_z):.3f} plain, "
-        f"{np.mean(train.log_z_jackknife):.3f} jackknife.",
+        f"{np.mean(train.log_z_jackknife):.3f} jackknife. " + _tails(train.pareto_k),
         "![effective sample size](ess.png)",
         "## Samples",
         "The first candidate of each policy (for soft best-of-N, the one it draws from the reference's candidates).",
@@ -170,6 +186,12 @@ def _report(config: Any, results: dict, samples: list[dict], table: str, train: 
         parts.append("\n".join(lines))
     parts += ["## Command", f"```\npython -m experiments.align {command}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _tails(k: np.ndarray) -> str:
+    if not np.isfinite(k).any():
+        return "N is too small for a Pareto k of the weights (it needs 25 candidates)."
+    return f"Pareto k of the weights is above 0.7 (not to be trusted) on {np.mean(k > 0.7):.0%} of the prompts."
 
 
 def _plain(value: Any) -> Any:

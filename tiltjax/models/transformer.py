@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(keys[0], (c.vocab_size, c.features)) * c.features**-0.5)
         learned = jax.random.normal(keys[1], (c.max_positions, c.features)) * 0.01 if c.rope_theta is None else None
         self.position_embedding: Any = nnx.data(None if learned is None else nnx.Param(learned))
-        self.blocks = jax.vmap(lambda k: Block(k, c))(jax.random.split(keys[2], c.num_layers))
+        self.blocks: Any = jax.vmap(lambda k: Block(k, c))(jax.random.split(keys[2], c.num_layers))
         self.norm = Norm(c.features, kind=c.norm, eps=c.norm_eps)
         head = None if c.tied else nnx.Param(jax.random.normal(keys[3], (c.vocab_size, c.features)) * c.features**-0.5)
         self.head = nnx.data(head)

@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_at_least
+from tiltjax.ops.checks import check_at_least, check_fraction
 from tiltjax.samplers.logits import categorical, greedy, processed
 from tiltjax.types import Array, Bool, Float, Int, PRNGKey
 
@@ -74,6 +74,8 @@ def decode(
     check_at_least("num_candidates", num_candidates, 1)
     check_at_least("max_tokens", max_tokens, 1)
     check_at_least("temperature", temperature, 0)
+    check_at_least("top_k", top_k, 1)
+    check_fraction("top_p", top_p)
     B, N, T = logits.shape[0], num_candidates, max_tokens
     stops = jnp.asarray(eos_id).reshape(-1)
 

@@ -51,8 +51,9 @@ def pareto_k(
       candidates, or ties.
 
     Example:
-      >>> round(float(pareto_k(-2 * jnp.log(jnp.arange(1, 1001) / 1000))), 1)  # weights u^-2: tail index 2
-      2.0
+      >>> u = jnp.arange(1, 1001) / 1000
+      >>> round(float(pareto_k(-0.5 * jnp.log(u))), 2)  # weights u^-1/2 of a uniform u have k = 1/2
+      0.44
     """
     return pareto_smooth(log_weights, where=where).k
 

@@ -46,8 +46,8 @@ def method_kernel(method: str, *, beta: float) -> Kernel:
     def var_importance(logp, batch):
         # log Z from the other candidates: a weight and its normaliser are independent.
         log_z = leave_one_out_log_partition(batch.reward, beta=beta, where=batch.where)
-        single = jax.vmap(lambda l, r, z: mle.var_importance_loss(l[None], r[None], z, beta=beta))
-        values = single(logp.reshape(-1), batch.reward.reshape(-1), log_z.reshape(-1)).reshape(logp.shape)
+        where = None if batch.where is None else batch.where[..., None]
+        values = mle.var_importance_loss(logp[..., None], batch.reward[..., None], log_z, beta=beta, where=where)
         return masked_mean(values, batch.where), {}
 
     def dpo(logp, batch):
@@ -77,7 +77,7 @@ def likelihood_objective(kernel: Kernel, *, temperature: float = 1.0) -> Callabl
         logp = _logp(params, frozen, batch, temperature)
         values, metrics = kernel(logp, batch)
         real = _real(batch)
-        metrics = {**metrics, "logp": jnp.mean(logp, axis=-1)}
+        metrics = {**metrics, "logp": masked_mean(logp, batch.where)}
         return average(values, real), {name: average(value, real) for name, value in metrics.items()}
 
     return loss_fn
@@ -87,11 +87,8 @@ def sft_objective() -> Callable:
     """Supervised fine-tuning averaged over tokens: ``-sum logp / number of completion tokens`` of the whole batch."""
 
     def loss_fn(params: Params, frozen: Params, batch: Candidates, key: PRNGKey):
-        values = mle.sft_loss(_logp(params, frozen, batch, 1.0), where=batch.where)
-        real = _real(batch)
         mask = batch.completion_mask if batch.where is None else batch.completion_mask & batch.where[..., None]
-        tokens = jnp.sum(mask, axis=(1, 2)) / jnp.maximum(jnp.sum(jnp.any(mask, axis=2), axis=1), 1)
-        return Average(total=average(values, real).total, count=average(tokens, real).total), {}
+        return average(-_token_logp(params, frozen, batch, 1.0), mask), {}
 
     return loss_fn
 
@@ -134,9 +131,12 @@ def var_objective(*, beta: float, axis_name: AxisName = None) -> Callable:
 
 
 def _logp(params: Params, frozen: Params, batch: Candidates, temperature: float) -> Float[Array, "B N"]:
+    return sequence_logp(_token_logp(params, frozen, batch, temperature), batch.completion_mask)
+
+
+def _token_logp(params: Params, frozen: Params, batch: Candidates, temperature: float) -> Float[Array, "B N T"]:
     model = params if frozen is None else combine(params, frozen)
-    stats = model.score(batch.prompt, batch.prompt_mask, batch.completion, temperature=temperature)
-    return sequence_logp(stats.logp, batch.completion_mask)
+    return model.score(batch.prompt, batch.prompt_mask, batch.completion, temperature=temperature).logp
 
 
 def _real(batch: Candidates) -> Bool[Array, "B"] | None:

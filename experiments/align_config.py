@@ -1,0 +1,85 @@
+"""The settings of `experiments.align`, and the directory of a run."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+from tiltjax.ops.checks import check_at_least, check_positive
+from tiltjax.train.config import field, load_config, save_config
+
+__all__ = ["METHODS", "AlignConfig", "open_run"]
+
+METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignConfig:
+    """Everything that decides a run."""
+
+    policy: str = field("smollm2", "Reference policy: smollm2, a Hugging Face directory or hub id, or a GGUF file.")
+    reward: str = field("sentiment", "Reward: a shipped name (see tiltjax.rewards.registry) or module:function.")
+    prompts: str = field("reviews", "Prompts: a shipped set, a .jsonl or .parquet file, or tfds:<builder>.")
+    method: str = field("tilted_mle", "How the tilt is reached; soft_best_of_n trains nothing.", choices=METHODS)
+    beta: float = field(0.1, "Strength of the KL term, reward units: the tilt is ref * exp(reward / beta) / Z.")
+    num_candidates: int = field(16, "N, candidates per prompt, drawn from the reference.")
+    num_prompts: int = field(64, "Training prompts, from the top of the file.")
+    num_eval_prompts: int = field(32, "Held-out prompts, the rows after those.")
+    max_tokens: int = field(24, "Longest completion, tokens.")
+    fit_candidates: int = field(
+        4, "tilted_mle: fit this many candidates per prompt, resampled from the tilt; 0 fits all N, each by its weight."
+    )
+    steps: int = field(16, "Optimizer steps.")
+    batch_size: int = field(8, "Prompts per step, each with its N candidates.")
+    microbatches: int = field(1, "Parts into which a batch is cut to save memory; the gradient is the same.")
+    learning_rate: float = field(5e-5, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
+    max_grad_norm: float = field(1.0, "Global norm at which gradients are clipped.")
+    lora_rank: int = field(0, "Rank of low-rank adapters; 0 trains all parameters.")
+    mesh: str = field("", "Device mesh such as data:4,fsdp:2,tensor:1; empty puts every device on data.")
+    mapping: str = field("sharded", "How the step is mapped over devices.", choices=("sharded", "pmap"))
+    compute_dtype: str = field(
+        "auto", "Operand type of matrix products; sums and logits are float32.", choices=("auto", "float32", "bfloat16")
+    )
+    sample_batch: int = field(8, "Prompts sampled and scored at a time.")
+    checkpoint_every: int = field(16, "Steps between checkpoints.")
+    seed: int = field(0, "Root of all randomness.")
+    output: str = field("runs/align", "Directory of the run; nothing is written outside of it.")
+    resume: bool = field(False, "Go on with the run in --output, bit for bit, from wherever it was stopped.")
+
+    def __post_init__(self):
+        check_positive("beta", self.beta)
+        check_positive("learning_rate", self.learning_rate)
+        check_at_least("num_candidates", self.num_candidates, 2)
+        for name in ("num_prompts", "num_eval_prompts"):
+            check_at_least(name, getattr(self, name), 2)
+        for name in ("max_tokens", "steps", "batch_size", "microbatches", "sample_batch", "checkpoint_every"):
+            check_at_least(name, getattr(self, name), 1)
+        for name in ("lora_rank", "fit_candidates"):
+            check_at_least(name, getattr(self, name), 0)
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"microbatches must divide batch_size={self.batch_size}, got {self.microbatches}")
+
+    def fingerprint(self) -> str:
+        """Of everything that decides the numbers."""
+        free = ("output", "resume", "checkpoint_every")
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_run(config: AlignConfig) -> pathlib.Path:
+    """Makes the directory of the run, or checks that it is the one to go on with."""
+    directory = pathlib.Path(config.output)
+    saved = directory / "config.json"
+    if saved.exists():
+        if not config.resume:
+            raise ValueError(
+                f"{directory}: there is a run already; pass --resume to go on with it, or another --output"
+            )
+        old = load_config(AlignConfig, saved)
+        if old.fingerprint() != config.fingerprint():
+            pairs = zip(dataclasses.asdict(old).items(), dataclasses.asdict(config).values(), strict=True)
+            changed = ", ".join(f"{k} ({a} -> {b})" for (k, a), b in pairs if a != b and k not in ("output", "resume"))
+            raise ValueError(f"{saved}: --resume with other settings: {changed}")
+    directory.mkdir(parents=True, exist_ok=True)
+    save_config(config, saved)
+    return directory
