@@ -21,7 +21,7 @@ from absl import app
 from absl import logging as absl_logging
 
 from experiments import reporting
-from experiments.align_config import AlignConfig, open_run
+from experiments.align_config import AlignConfig, check_run, open_run
 from experiments.align_world import World, prepare, tune
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
@@ -49,8 +49,9 @@ def warn_of_collapse(config: AlignConfig, reward: np.ndarray, ess: np.ndarray) -
 
 def run(config: AlignConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = open_run(config)
+    directory = check_run(config)
     world = prepare(config, directory)
+    open_run(config)  # Not before: input that is refused leaves no run behind.
     drawn, _ = world.rollout("train", world.model, seed=0)
     reward = np.asarray(drawn.reward)
     estimates = evaluate.estimate(reward, beta=config.beta)
@@ -112,10 +113,10 @@ def main(argv: list[str]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     try:
         run(from_flags(AlignConfig))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TILTJAX_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -8,7 +8,7 @@ import pathlib
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.train.config import field, load_config, save_config
 
-__all__ = ["METHODS", "AlignConfig", "open_run"]
+__all__ = ["METHODS", "AlignConfig", "check_run", "open_run"]
 
 METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
 
@@ -29,19 +29,19 @@ class AlignConfig:
     fit_candidates: int = field(
         4, "tilted_mle: fit this many candidates per prompt, resampled from the tilt; 0 fits all N, each by its weight."
     )
-    steps: int = field(16, "Optimizer steps.")
+    steps: int = field(24, "Optimizer steps.")
     batch_size: int = field(8, "Prompts per step, each with its N candidates.")
     microbatches: int = field(1, "Parts into which a batch is cut to save memory; the gradient is the same.")
-    learning_rate: float = field(5e-5, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
+    learning_rate: float = field(1e-3, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
     max_grad_norm: float = field(1.0, "Global norm at which gradients are clipped.")
-    lora_rank: int = field(0, "Rank of low-rank adapters; 0 trains all parameters.")
+    lora_rank: int = field(16, "Rank of low-rank adapters; 0 trains all parameters (try --learning_rate=5e-5).")
     mesh: str = field("", "Device mesh such as data:4,fsdp:2,tensor:1; empty puts every device on data.")
     mapping: str = field("sharded", "How the step is mapped over devices.", choices=("sharded", "pmap"))
     compute_dtype: str = field(
         "auto", "Operand type of matrix products; sums and logits are float32.", choices=("auto", "float32", "bfloat16")
     )
     sample_batch: int = field(8, "Prompts sampled and scored at a time.")
-    checkpoint_every: int = field(16, "Steps between checkpoints.")
+    checkpoint_every: int = field(8, "Steps between checkpoints.")
     seed: int = field(0, "Root of all randomness.")
     output: str = field("runs/align", "Directory of the run; nothing is written outside of it.")
     resume: bool = field(False, "Go on with the run in --output, bit for bit, from wherever it was stopped.")
@@ -58,6 +58,8 @@ class AlignConfig:
             check_at_least(name, getattr(self, name), 0)
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size={self.batch_size}, got {self.microbatches}")
+        if self.batch_size > self.num_prompts and self.method != "soft_best_of_n":
+            raise ValueError(f"batch_size must be at most num_prompts={self.num_prompts}, got {self.batch_size}")
 
     def fingerprint(self) -> str:
         """Of everything that decides the numbers."""
@@ -66,8 +68,8 @@ class AlignConfig:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_run(config: AlignConfig) -> pathlib.Path:
-    """Makes the directory of the run, or checks that it is the one to go on with."""
+def check_run(config: AlignConfig) -> pathlib.Path:
+    """The directory of the run, which must be new or, with ``resume``, of the same settings; writes nothing."""
     directory = pathlib.Path(config.output)
     saved = directory / "config.json"
     if saved.exists():
@@ -80,6 +82,11 @@ def open_run(config: AlignConfig) -> pathlib.Path:
             pairs = zip(dataclasses.asdict(old).items(), dataclasses.asdict(config).values(), strict=True)
             changed = ", ".join(f"{k} ({a} -> {b})" for (k, a), b in pairs if a != b and k not in ("output", "resume"))
             raise ValueError(f"{saved}: --resume with other settings: {changed}")
-    directory.mkdir(parents=True, exist_ok=True)
-    save_config(config, saved)
     return directory
+
+
+def open_run(config: AlignConfig) -> None:
+    """Makes the directory and notes the settings in it."""
+    directory = pathlib.Path(config.output)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_config(config, directory / "config.json")

@@ -115,6 +115,14 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     for name in ("batch_size", "sample_batch"):
         if getattr(config, name) % places:
             raise ValueError(f"{name} must be a multiple of data x fsdp = {places}, got {getattr(config, name)}")
+    if config.mapping == "pmap":
+        if places != jax.device_count():
+            raise ValueError(f"mesh must put every device on data where mapping=pmap, got {config.mesh!r}")
+        if config.batch_size // places % config.microbatches:
+            raise ValueError(
+                f"microbatches must divide the {config.batch_size // places} prompts of each device where mapping=pmap, "
+                f"got {config.microbatches}"
+            )
     source = text.find_embedded_gguf() if config.policy == "smollm2" else config.policy
     tokenizer = text.load_tokenizer(source)
     dtype = fast_dtype() if config.compute_dtype == "auto" else config.compute_dtype
@@ -186,7 +194,7 @@ def var_blocks(world: World, drawn: Candidates) -> list[VarBatch]:
         texts = text.decode_completions(world.tokenizer, crossed.completion, crossed.completion_mask)
         reward = world.score(world.rows["train"][start : start + B], texts)
         swap = lambda x: np.swapaxes(x.reshape(B, B, N), 1, 2).copy()  # noqa: E731, B023
-        blocks.append(VarBatch(candidates=part, ref_logp=swap(ref_logp), reward=swap(reward)))
+        blocks.append(VarBatch(candidates=part, ref_logp=swap(ref_logp), reward=swap(reward), own=np.arange(B)))
     return blocks
 
 

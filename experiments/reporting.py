@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import sys
 from typing import Any
 
@@ -152,7 +153,7 @@ def _verdict(config: Any, results: dict) -> str:
 
 def _report(config: Any, results: dict, samples: list[dict], table: str, train: PromptEstimates) -> str:
     command = " ".join(
-        f"--{f.name}={getattr(config, f.name)}"
+        shlex.quote(f"--{f.name}={getattr(config, f.name)}")
         for f in dataclasses.fields(config)
         if getattr(config, f.name) != f.default and f.name != "resume"
     )
@@ -190,7 +191,7 @@ def _report(config: Any, results: dict, samples: list[dict], table: str, train: 
 
 def _tails(k: np.ndarray) -> str:
     if not np.isfinite(k).any():
-        return "N is too small for a Pareto k of the weights (it needs 25 candidates)."
+        return "N is too small for a Pareto k of the weights (it needs more than 20 candidates)."
     return f"Pareto k of the weights is above 0.7 (not to be trusted) on {np.mean(k > 0.7):.0%} of the prompts."
 
 

@@ -105,14 +105,17 @@ def test_var_normalises_every_candidate_index_over_the_prompts():
     part = dataclasses.replace(batch(), where=None, completion_mask=ragged_candidates(6).completion_mask)
     ref_logp, reward = rng.normal(-3, 1, (6, 2, 6)), rng.normal(size=(6, 2, 6))
     values = [np.float32(x) for x in (ref_logp, reward)]
-    loss, metrics = jax.jit(var_objective(beta=BETA))(
-        tiny_model(), None, VarBatch(candidates=part, ref_logp=values[0], reward=values[1]), jax.random.key(0)
-    )
+    whole = VarBatch(candidates=part, ref_logp=values[0], reward=values[1], own=np.arange(6))
+    objective = jax.jit(var_objective(beta=BETA))
+    loss, metrics = objective(tiny_model(), None, whole, jax.random.key(0))
     own = softmax(ref_logp + reward / BETA, axis=-1)[np.arange(6), :, np.arange(6)]
     logp = np.where(part.completion_mask, token_logp(), 0).sum(-1)
     assert float(loss.mean) == pytest.approx((-own * logp).mean(), rel=1e-5)
     assert float(metrics["weight"].mean) == pytest.approx(own.mean(), rel=1e-5)
     assert float(metrics["weight_below_1"].mean) == pytest.approx((1 - own).mean(), rel=1e-5)
+    # A device or a microbatch holds some of the rows, and all of the columns.
+    odd, _ = objective(tiny_model(), None, jax.tree.map(lambda x: x[1::2], whole), jax.random.key(0))
+    assert float(odd.mean) == pytest.approx((-own * logp)[1::2].mean(), rel=1e-5)
 
 
 def test_temperature_is_that_of_the_log_probabilities():

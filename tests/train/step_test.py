@@ -32,6 +32,7 @@ def var_batch(num_prompts=16, num_candidates=2):
         candidates=ragged_candidates(num_prompts, num_candidates),
         ref_logp=rng.normal(-9, 1, shape).astype(np.float32),
         reward=rng.normal(size=shape).astype(np.float32),
+        own=np.arange(num_prompts),
     )
 
 
@@ -66,11 +67,7 @@ def test_var_in_batch_spans_all_devices():
     batch, params = var_batch(), tiny_model()
     expected = run(one_device(var_objective(beta=0.3)), init_state(params, TX), batch)
 
-    def mapped(state, batch, key, frozen, axis_name):
-        return train_step(
-            state, batch, key, loss_fn=var_objective(beta=0.3, axis_name=axis_name), tx=TX, axis_name=axis_name
-        )
-
+    mapped = functools.partial(train_step, loss_fn=var_objective(beta=0.3), tx=TX)
     close(run(pmap_step(mapped), init_state(params, TX), batch), expected)
     mesh = make_mesh("data:4,fsdp:2")
     state = shard(init_state(params, TX), mesh)

@@ -33,6 +33,9 @@ __all__ = [
     "tokenizer_fingerprint",
 ]
 
+# transformers advises everybody without torch to install it; the library uses its tokenizers only.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 Message = dict[str, Any]
 """``{"role": ..., "content": ...}``."""
 

@@ -12,6 +12,8 @@ __all__ = ["define_flags", "field", "from_flags", "load_config", "save_config"]
 
 ConfigT = TypeVar("ConfigT")
 
+flags.disclaim_key_flags()  # A flag belongs to the experiment that asks for it, so that its --help lists it.
+
 
 def field(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:  # noqa: A002
     """A dataclass field with the text that ``--help`` shows.

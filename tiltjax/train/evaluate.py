@@ -1,5 +1,6 @@
 """What theory predicts from N reference candidates per prompt, and what a tuned policy reached."""
 
+import functools
 from collections.abc import Sequence
 
 import chex
@@ -58,19 +59,19 @@ def estimate(reward: Float[Array, "P N"], *, beta: float) -> PromptEstimates:
     Returns:
       `PromptEstimates`.
     """
+    return jax.device_get(_estimate(jnp.asarray(reward), beta=beta))
 
-    @jax.jit
-    def run(reward):
-        return PromptEstimates(
-            log_z=log_partition(reward, beta=beta),
-            log_z_jackknife=jackknife_log_partition(reward, beta=beta),
-            ess=tilt(reward, beta=beta).ess,
-            pareto_k=pareto_k(reward / beta),
-            tilted_reward=tilted_reward(reward, beta=beta),
-            tilt_kl=tilt_kl(reward, beta=beta),
-        )
 
-    return jax.device_get(run(jnp.asarray(reward)))
+@functools.partial(jax.jit, static_argnames="beta")
+def _estimate(reward: Array, *, beta: float) -> PromptEstimates:
+    return PromptEstimates(
+        log_z=log_partition(reward, beta=beta),
+        log_z_jackknife=jackknife_log_partition(reward, beta=beta),
+        ess=tilt(reward, beta=beta).ess,
+        pareto_k=pareto_k(reward / beta),
+        tilted_reward=tilted_reward(reward, beta=beta),
+        tilt_kl=tilt_kl(reward, beta=beta),
+    )
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)

@@ -12,7 +12,7 @@ from tiltjax.models.lora import combine
 from tiltjax.ops.masked import Average, average, masked_mean
 from tiltjax.ops.tokens import sequence_logp
 from tiltjax.tilt.partition import leave_one_out_log_partition
-from tiltjax.types import Array, AxisName, Bool, Float, Params, PRNGKey
+from tiltjax.types import Array, Bool, Float, Int, Params, PRNGKey
 
 __all__ = ["Kernel", "VarBatch", "likelihood_objective", "method_kernel", "sft_objective", "var_objective"]
 
@@ -101,19 +101,20 @@ class VarBatch:
       candidates: B prompts with N completions each.
       ref_logp: ``[B, N, B]``: entry [i, n, j] is candidate n of prompt j under prompt i, nats.
       reward: Likewise, reward units.
+      own: ``[B]``: the ``j`` that is prompt i itself, whatever part of the mini-batch a device or microbatch holds.
     """
 
     candidates: Candidates
     ref_logp: Float[Array, "B N M"]
     reward: Float[Array, "B N M"]
+    own: Int[Array, "B"]
 
 
-def var_objective(*, beta: float, axis_name: AxisName = None) -> Callable:
+def var_objective(*, beta: float) -> Callable:
     """VAR as printed (in-batch log Z, the reference inside the weight), one mini-batch per candidate index.
 
     Args:
       beta: Strength of the KL term, reward units.
-      axis_name: Mapped axis over which the prompts of the mini-batch are split.
 
     Returns:
       A `tiltjax.train.step.LossFn` on `VarBatch`; logs the mean weight and its distance from 1, which is SFT.
@@ -122,8 +123,9 @@ def var_objective(*, beta: float, axis_name: AxisName = None) -> Callable:
     def loss_fn(params: Params, frozen: Params, batch: VarBatch, key: PRNGKey):
         logp = _logp(params, frozen, batch.candidates, 1.0).T
         cross = (jnp.moveaxis(batch.ref_logp, 1, 0), jnp.moveaxis(batch.reward, 1, 0))
-        values = mle.var_loss(logp, *cross, beta=beta, axis_name=axis_name)
-        weights = mle.var_weights(*cross, beta=beta, axis_name=axis_name)
+        own = jnp.broadcast_to(batch.own, logp.shape)
+        values = mle.var_loss(logp, *cross, beta=beta, matched=own)
+        weights = mle.var_weights(*cross, beta=beta, matched=own)
         spread = jnp.abs(weights - 1)
         return average(values), {"weight": average(weights), "weight_below_1": average(spread), "logp": average(logp)}
 
