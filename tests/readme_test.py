@@ -1,0 +1,31 @@
+import doctest
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_synopsis_prints_what_it_says():
+    block = re.search(r"```python\n(>>>.*?)```", README, re.DOTALL).group(1)
+    test = doctest.DocTestParser().get_doctest(block, {}, "README.md", "README.md", 0)
+    assert len(test.examples) > 8
+    out = []
+    doctest.DocTestRunner().run(test, out=out.append)
+    assert not out, "".join(out)
+
+
+def test_ci_runs_the_readmes_commands():
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in README
+    assert re.search(r"^make test$", ci, re.MULTILINE)
+
+
+def test_every_call_of_the_table_exists():
+    import importlib
+
+    names = re.findall(r"^\| `([a-z_.]+\.[a-z_]+)`", README, re.MULTILINE)
+    assert len(names) > 8
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"tiltjax.{module}"), attribute), name
