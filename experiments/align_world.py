@@ -120,8 +120,8 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
             raise ValueError(f"mesh must put every device on data where mapping=pmap, got {config.mesh!r}")
         if config.batch_size // places % config.microbatches:
             raise ValueError(
-                f"microbatches must divide the {config.batch_size // places} prompts of each device where mapping=pmap, "
-                f"got {config.microbatches}"
+                f"microbatches must divide the {config.batch_size // places} prompts of each device "
+                f"where mapping=pmap, got {config.microbatches}"
             )
     source = text.find_embedded_gguf() if config.policy == "smollm2" else config.policy
     tokenizer = text.load_tokenizer(source)

@@ -74,7 +74,10 @@ EXPECTED = {
 @pytest.mark.parametrize("method", METHODS)
 def test_kernels_are_their_formulas_and_masked_is_left_out(method):
     kernel = method_kernel(method, beta=BETA)
-    logp_, values = np.float32(np.where(WHERE, logp(), np.nan)), [EXPECTED[method](*r) if len(r[0]) else 0 for r in rows()]
+    logp_, values = (
+        np.float32(np.where(WHERE, logp(), np.nan)),
+        [EXPECTED[method](*r) if len(r[0]) else 0 for r in rows()],
+    )
     np.testing.assert_allclose(kernel(jnp.asarray(logp_), batch())[0], values, rtol=1e-5)
     grad = jax.grad(lambda x: jnp.sum(kernel(x, batch())[0]))(jnp.asarray(logp_))
     assert np.isfinite(grad).all()

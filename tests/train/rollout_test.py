@@ -51,7 +51,9 @@ def test_every_prompt_once_in_order_and_a_short_last_batch():
     assert out.completion.shape == (5, N, T)
     np.testing.assert_array_equal(out.prompt, [[5, 6, 7], [8, PAD, PAD], [9, 10, PAD], [11, 12, PAD], [5, PAD, PAD]])
     np.testing.assert_array_equal(out.prompt_mask.sum(1), [3, 1, 2, 2, 1])
-    np.testing.assert_array_equal(out.completion // 1000, np.broadcast_to(out.prompt[:, :1, None], out.completion.shape))
+    np.testing.assert_array_equal(
+        out.completion // 1000, np.broadcast_to(out.prompt[:, :1, None], out.completion.shape)
+    )
     noise = out.completion % 1000
     np.testing.assert_array_equal(out.old_token_logp, -noise)
     np.testing.assert_array_equal(out.completion_mask, noise % 2 == 0)
@@ -82,7 +84,9 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     whole, parts = (gather(greedy(), batch_size=size) for size in (5, 2))
     sharded = gather(greedy(), batch_size=8, sharding=batch_sharding(make_mesh()))
     for other in (parts, sharded):
-        chex.assert_trees_all_equal(dataclasses.replace(other, old_token_logp=None), dataclasses.replace(whole, old_token_logp=None))
+        chex.assert_trees_all_equal(
+            dataclasses.replace(other, old_token_logp=None), dataclasses.replace(whole, old_token_logp=None)
+        )
         np.testing.assert_allclose(other.old_token_logp, whole.old_token_logp, atol=1e-5)
     logp = score_all(tiny_model(), whole, batch_size=5, scorer=scorer())
     np.testing.assert_allclose(np.where(whole.completion_mask, whole.old_token_logp, 0).sum(-1), logp, atol=1e-4)

@@ -33,7 +33,8 @@ def test_rules_reach_every_matrix():
         name = jax.tree_util.keystr(path)
         matrix = "kernel" in name or "embedding" in name
         assert {axis for axis in place.spec if axis} == ({"fsdp", "tensor"} if matrix else set()), name
-        assert not matrix or "embedding" in name or place.spec[1] == ("tensor" if ".out." in name or ".down." in name else "fsdp")
+        narrows = ".out." in name or ".down." in name
+        assert not matrix or "embedding" in name or place.spec[1] == ("tensor" if narrows else "fsdp")
 
 
 def test_optimizer_state_lies_where_its_parameters_do():

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tiltjax.exact.bandit import kl, soft_best_of_n_law
+from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.ops.order import expected_max
 from tiltjax.tilt.divergence import best_of_n_kl_bound, tilt_kl, tilted_reward
 from tiltjax.tilt.partition import jackknife_log_partition, log_partition
@@ -111,28 +113,35 @@ def soft_best_of_n_frontier(reward: Float[Array, "P M"], *, beta: float, ns: Seq
 
     Meant for N up to M / 2: the KL of a law on M points cannot exceed log M.
     """
-    reward = jnp.asarray(reward)
-    ref = jnp.full_like(reward, 1 / reward.shape[1])
-    points = []
+    check_positive("beta", beta)
     for n in ns:
-        law = soft_best_of_n_law(ref, reward, n=n, beta=beta)
-        rewards, divergence = jnp.sum(law * reward, axis=1), kl(law, ref)
-        points.append(_point("soft best-of-N", n, rewards, divergence))
-    return points
+        check_at_least("n", n, 1)
+    return [_point("soft best-of-N", n, *_soft_best_of_n(jnp.asarray(reward), jnp.int32(n), beta)) for n in ns]
+
+
+@jax.jit
+def _soft_best_of_n(reward: Array, n: Array, beta: Any) -> tuple[Array, Array]:
+    ref = jnp.full_like(reward, 1 / reward.shape[1])
+    law = soft_best_of_n_law(ref, reward, n=n, beta=beta)
+    return jnp.sum(law * reward, axis=1), kl(law, ref)
 
 
 def best_of_n_frontier(reward: Float[Array, "P M"], *, ns: Sequence[int]) -> list[Point]:
     """Best-of-N: unbiased expected maximum, and the KL bound ``log N - (N-1)/N`` (an equality without ties)."""
-    reward = jnp.asarray(reward)
-    return [
-        _point("best-of-N", n, expected_max(reward, n=n), jnp.full(reward.shape[0], best_of_n_kl_bound(n))) for n in ns
-    ]
+    best = jax.jit(expected_max, static_argnames="n")
+    return [_point("best-of-N", n, best(reward, n=n), np.full(len(reward), best_of_n_kl_bound(n))) for n in ns]
 
 
 def tilt_frontier(reward: Float[Array, "P M"], *, betas: Sequence[float]) -> list[Point]:
     """The optimum of ``E r - beta KL`` for every beta, by self-normalised importance weights."""
-    reward = jnp.asarray(reward)
-    return [_point("tilt", b, tilted_reward(reward, beta=b), tilt_kl(reward, beta=b)) for b in betas]
+    for beta in betas:
+        check_positive("beta", beta)
+    return [_point("tilt", b, *_tilt(jnp.asarray(reward), b)) for b in betas]
+
+
+@jax.jit
+def _tilt(reward: Array, beta: Any) -> tuple[Array, Array]:
+    return tilted_reward(reward, beta=beta), tilt_kl(reward, beta=beta)
 
 
 def _point(name: str, strength: float | int, reward: Array, divergence: Array) -> Point:

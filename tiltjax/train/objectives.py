@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 
 import chex
-import jax
 import jax.numpy as jnp
 
 from tiltjax.data.candidates import Candidates
 from tiltjax.losses import mle, preference
 from tiltjax.models.lora import combine
-from tiltjax.ops.masked import Average, average, masked_mean
+from tiltjax.ops.masked import average, masked_mean
 from tiltjax.ops.tokens import sequence_logp
 from tiltjax.tilt.partition import leave_one_out_log_partition
 from tiltjax.types import Array, Bool, Float, Int, Params, PRNGKey
@@ -24,7 +23,8 @@ def method_kernel(method: str, *, beta: float) -> Kernel:
     """The kernel of a method that needs log-probabilities, rewards and reference log-probabilities only.
 
     Args:
-      method: "sft" (resampled candidates, all alike), "tilted_mle", "best_of_n_sft", "dpo" (the two candidates are chosen and rejected) or "var_importance".
+      method: "sft" (resampled candidates, all alike), "tilted_mle", "best_of_n_sft", "var_importance", or "dpo" (the two
+        candidates are chosen and rejected).
       beta: Strength of the KL term, reward units.
 
     Returns:
