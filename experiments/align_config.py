@@ -32,7 +32,7 @@ class AlignConfig:
     steps: int = field(24, "Optimizer steps.")
     batch_size: int = field(8, "Prompts per step, each with its N candidates.")
     microbatches: int = field(1, "Parts into which a batch is cut to save memory; the gradient is the same.")
-    learning_rate: float = field(1e-3, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
+    learning_rate: float = field(5e-4, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
     max_grad_norm: float = field(1.0, "Global norm at which gradients are clipped.")
     lora_rank: int = field(16, "Rank of low-rank adapters; 0 trains all parameters (try --learning_rate=5e-5).")
     mesh: str = field("", "Device mesh such as data:4,fsdp:2,tensor:1; empty puts every device on data.")
