@@ -8,6 +8,7 @@ import shlex
 import sys
 from typing import Any
 
+import jax
 import matplotlib as mpl
 import numpy as np
 
@@ -124,7 +125,7 @@ def ess_plot(path: pathlib.Path, config: Any, reward: np.ndarray, train: PromptE
     left.set_ylabel("training prompts")
     left.legend()
     betas = np.geomspace(config.beta / 20, config.beta * 20, 41)
-    sizes = np.array([tilt(reward, beta=float(b)).ess for b in betas])
+    sizes = np.asarray(jax.jit(jax.vmap(lambda b: tilt(reward, beta=b).ess))(betas))
     low, high = np.quantile(sizes, [0.1, 0.9], axis=1)
     right.fill_between(betas, low, high, color=COLOURS["soft_best_of_n"], alpha=0.2, lw=0, label="8 of 10 prompts")
     right.plot(betas, sizes.mean(axis=1), color=COLOURS["soft_best_of_n"], label="mean over prompts")

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
-from scipy.special import log_expit, softmax
+from scipy.special import expit, log_expit, logsumexp, softmax
 
 import tiltjax.losses
-from tiltjax.losses import mle, preference
+from tests.losses import policy_gradient_test
+from tiltjax.losses import binary, constrained, mle, preference, regression
 
-B, N = 8, 16
+B, N, T = 8, 16, 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,8 +30,9 @@ class Case:
       name: Of this case; a loss may have several.
       loss: The function.
       formula: The same in NumPy, from float64 arrays by the same names; its result in float64.
-      arrays: Name -> axes of each array argument, in order: "B" one per prompt, "BN" one per candidate. The first is
-        the one that is trained; integers are the name's concern in `draw`.
+      arrays: Name -> axes of each array argument, in order: "B" one per prompt, "BN" one per candidate, "BNT" one per
+        step, "BM" one per candidate but never masked. The first is the one that is trained; which are no floats is the
+        name's concern in `draw`.
       options: Keyword arguments.
       keywords: Arrays that are passed by name.
       split: What ``axis_name`` splits: "candidates", "prompts", or None where the loss has no such argument.
@@ -38,6 +40,7 @@ class Case:
       per_candidate: Whether the loss is [B, N] rather than [B].
       exchangeable: Whether the order of the candidates is without meaning.
       rows_only: Whether a mask removes whole prompts only.
+      over_batch: Whether a prompt's loss depends on the other prompts of the batch; such losses never see a lone row.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Case:
     per_candidate: bool = False
     exchangeable: bool = True
     rows_only: bool = False
+    over_batch: bool = False
 
     @property
     def trained(self) -> str:
@@ -58,25 +62,41 @@ class Case:
 
     @property
     def floats(self) -> list[str]:
-        return [name for name in self.arrays if name != "matched"]
+        return [name for name in self.arrays if name not in ("matched", "desirable", "length")]
+
+    @property
+    def masked(self) -> str:
+        """Axes of the mask."""
+        return "BNT" if "BNT" in self.arrays.values() else "BN"
 
     def draw(self, seed: int = 0, lead: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
         """Arguments by name, and a mask "where"."""
         rng = np.random.default_rng(seed)
-        shapes = {"B": (*lead, B), "BN": (*lead, B, self.size)}
+        shapes = {"B": (*lead, B), "BN": (*lead, B, self.size), "BM": (*lead, B, self.size)}
+        shapes["BNT"] = (*shapes["BN"], T)
         out = {}
         for name, axes in self.arrays.items():
             if name == "matched":
                 out[name] = np.broadcast_to(np.arange(B, dtype=np.int32), shapes[axes])
+            elif name == "length":
+                out[name] = rng.integers(1, 9, size=shapes[axes], dtype=np.int32)
+            elif name == "desirable":
+                out[name] = rng.random(shapes[axes]) < 0.5
+            elif name.endswith("_rate"):
+                out[name] = rng.random(shapes[axes], np.float32)
+            elif name == "ref_logp" and axes == self.arrays[self.trained]:
+                out[name] = (out[self.trained] + rng.normal(size=shapes[axes])).astype(np.float32)
             elif name.endswith("logp"):
                 out[name] = (-3 * rng.gamma(2.0, size=shapes[axes])).astype(np.float32)
             else:
                 x = rng.normal(size=shapes[axes]).astype(np.float32)
                 out[name] = np.abs(x) if name == "weights" else x
-        where = rng.random(shapes["BN"]) < 0.6
+        where = rng.random(shapes[self.masked]) < 0.6
         where[..., 0] = True
         if self.rows_only:
             where = np.broadcast_to(rng.random((*lead, B, 1)) < 0.6, shapes["BN"])
+        if self.masked == "BNT":  # Both segments have the same steps, so that a prompt can be sliced.
+            where = np.broadcast_to(where[..., :1, :], where.shape)
         if "matched" in self.arrays:
             where = where | (np.arange(self.size) == out["matched"][..., None])
         return out | {"where": where}
@@ -183,7 +203,297 @@ CASES = [
     ),
 ]
 
+
+def gap(x):
+    return x[..., 0] - x[..., 1]
+
+
+def ratio_gap(logp, ref_logp):
+    return gap(logp - ref_logp)
+
+
+def chi_po_formula(logp, ref_logp, bound=np.inf):
+    ratio = logp - ref_logp
+    return -log_expit(np.clip(0.1 * gap(np.exp(ratio) + ratio), -2 * bound, 2 * bound))
+
+
+def link_formula(link):
+    return lambda logp, ref_logp: -log_expit(0.1 * gap(link(logp - ref_logp)))
+
+
+def exo_formula(logp, ref_logp, eps=0.1):
+    m = 0.5 * ratio_gap(logp, ref_logp)
+    return expit(m) * (log_expit(m) - np.log(1 - eps)) + expit(-m) * (log_expit(-m) - np.log(eps))
+
+
+def discopop_formula(logp, ref_logp):
+    m = 0.1 * ratio_gap(logp, ref_logp)
+    return (1 - expit(m / 0.05)) * -log_expit(m) + expit(m / 0.05) * np.exp(-m)
+
+
+def aot_formula(ours, theirs):
+    """Ours against theirs of the same rank, at our place."""
+    out = np.empty_like(ours)
+    out[np.argsort(ours)] = -log_expit(0.1 * (np.sort(ours) - np.sort(theirs)))
+    return out
+
+
+def orpo_formula(logp, length):
+    q = logp / length
+    return -q[..., 0] - 0.1 * log_expit(gap(q - np.log1p(-np.exp(q))))
+
+
+def plackett_luce_formula(logp, ref_logp):
+    score = 0.3 * (logp - ref_logp)
+    ranks = range(score.shape[-1])
+    return -sum(score[..., k] - logsumexp(score[..., k:], axis=-1) for k in ranks)
+
+
+def ipl_formula(q, next_value, label):
+    reward = q - 0.9 * next_value
+    margin = gap(reward.sum(-1))
+    return -label * log_expit(margin) - (1 - label) * log_expit(-margin) + 0.5 * np.square(reward).mean((-1, -2))
+
+
+def kto_formula(logp, ref_logp, desirable, mismatched_log_ratio):
+    point = np.maximum(mismatched_log_ratio.mean(-1, keepdims=True), 0)
+    gain = expit(0.1 * np.where(desirable, 1, -1) * (logp - ref_logp - point))
+    return np.where(desirable, 1.3, 0.7) * (1 - gain)
+
+
+def bco_formula(logp, ref_logp, desirable, shift):
+    return -log_expit(np.where(desirable, 1, -1) * (0.5 * (logp - ref_logp) - shift[..., None]))
+
+
+def nca_formula(logp, ref_logp, reward):
+    r = 0.5 * (logp - ref_logp)
+    return -(tilted(reward, 0.3) * log_expit(r)).sum(-1) - log_expit(-r).mean(-1)
+
+
+def nca_pair_formula(logp, ref_logp):
+    r = 0.5 * (logp - ref_logp)
+    return -log_expit(r[..., 0]) - log_expit(-r).mean(-1)
+
+
+def info_nca_formula(logp, ref_logp, reward):
+    return -(tilted(reward, 0.3) * np.log(softmax(0.5 * (logp - ref_logp), -1))).sum(-1)
+
+
+def pair_case(name, loss, formula, options, arrays=("logp", "ref_logp"), **more):
+    return Case(
+        name, loss, formula, dict.fromkeys(arrays, "BN"), options, size=2, rows_only=True, exchangeable=False, **more
+    )
+
+
+PAIR_CASES = [
+    pair_case(
+        "dpo_forward_kl",
+        preference.dpo_loss,
+        link_formula(lambda a: -np.exp(-a)),
+        {"beta": 0.1, "divergence": "forward_kl"},
+    ),
+    pair_case("dpo_js", preference.dpo_loss, link_formula(log_expit), {"beta": 0.1, "divergence": "js"}),
+    pair_case(
+        "dpo_alpha",
+        preference.dpo_loss,
+        link_formula(lambda a: -np.exp(-0.3 * a) / 0.3),
+        {"beta": 0.1, "divergence": "alpha", "alpha": 0.3},
+    ),
+    pair_case(
+        "robust_dpo",
+        preference.robust_dpo_loss,
+        lambda logp, ref_logp: (
+            (-0.8 * log_expit(0.1 * ratio_gap(logp, ref_logp)) + 0.2 * log_expit(-0.1 * ratio_gap(logp, ref_logp)))
+            / 0.6
+        ),
+        {"beta": 0.1, "label_smoothing": 0.2},
+    ),
+    pair_case("chi_po", preference.chi_po_loss, chi_po_formula, {"beta": 0.1}),
+    pair_case(
+        "chi_po_clipped",
+        preference.chi_po_loss,
+        functools.partial(chi_po_formula, bound=0.2),
+        {"beta": 0.1, "reward_bound": 0.2},
+    ),
+    pair_case(
+        "dpop",
+        preference.dpop_loss,
+        lambda logp, ref_logp: (
+            -log_expit(0.3 * (ratio_gap(logp, ref_logp) - 5 * np.maximum(0, (ref_logp - logp)[..., 0])))
+        ),
+        {"beta": 0.3, "penalty": 5.0},
+    ),
+    pair_case(
+        "dpo_nll",
+        preference.dpo_nll_loss,
+        lambda logp, ref_logp, length: dpo_formula(logp, ref_logp) - (logp / length)[..., 0],
+        {"beta": 0.1},
+        ("logp", "ref_logp", "length"),
+    ),
+    pair_case(
+        "ipo",
+        preference.ipo_loss,
+        lambda logp, ref_logp: np.square(ratio_gap(logp, ref_logp) - 5),
+        {"beta": 0.1, "length_average": False},
+    ),
+    pair_case(
+        "ipo_average",
+        preference.ipo_loss,
+        lambda logp, ref_logp, length: np.square(gap((logp - ref_logp) / length) - 5),
+        {"beta": 0.1, "length_average": True},
+        ("logp", "ref_logp", "length"),
+    ),
+    pair_case(
+        "hinge",
+        preference.hinge_loss,
+        lambda logp, ref_logp: np.maximum(0, 1 - 0.5 * ratio_gap(logp, ref_logp)),
+        {"beta": 0.5},
+    ),
+    pair_case(
+        "slic", preference.slic_loss, lambda logp: np.maximum(0, 1 - gap(logp)) - 0.1 * logp[..., 0], {}, ("logp",)
+    ),
+    pair_case("exo", preference.exo_loss, exo_formula, {"beta": 0.5, "label_smoothing": 0.1}),
+    pair_case(
+        "apo_zero",
+        preference.apo_zero_loss,
+        lambda logp, ref_logp: 1 + gap(-expit(0.1 * (logp - ref_logp))),
+        {"beta": 0.1},
+    ),
+    pair_case(
+        "apo_down",
+        preference.apo_down_loss,
+        lambda logp, ref_logp: expit(0.1 * (logp - ref_logp))[..., 0] + 1 - expit(0.1 * ratio_gap(logp, ref_logp)),
+        {"beta": 0.1},
+    ),
+    pair_case("discopop", preference.discopop_loss, discopop_formula, {"beta": 0.1}),
+    pair_case(
+        "aot",
+        preference.aot_loss,
+        lambda logp, ref_logp: aot_formula(gap(logp), gap(ref_logp)),
+        {"beta": 0.1},
+        split="prompts",
+        over_batch=True,
+    ),
+    pair_case(
+        "aot_unpaired",
+        preference.aot_unpaired_loss,
+        lambda logp, ref_logp: aot_formula(*np.moveaxis(logp - ref_logp, -1, 0)),
+        {"beta": 0.1},
+        split="prompts",
+        over_batch=True,
+    ),
+    pair_case(
+        "simpo",
+        preference.simpo_loss,
+        lambda logp, length: -log_expit(2 * gap(logp / length) - 0.5),
+        {"beta": 2.0, "gamma": 0.5},
+        ("logp", "length"),
+    ),
+    pair_case(
+        "cpo", preference.cpo_loss, lambda logp: -log_expit(0.1 * gap(logp)) - logp[..., 0], {"beta": 0.1}, ("logp",)
+    ),
+    pair_case("orpo", preference.orpo_loss, orpo_formula, {}, ("logp", "length")),
+    pair_case(
+        "local_reward",
+        preference.local_reward_loss,
+        lambda logp: -log_expit(gap(logp) / 53),
+        {"beta": 1 / 53},
+        ("logp",),
+    ),
+    pair_case("nca_pair", binary.nca_pair_loss, nca_pair_formula, {"beta": 0.5}),
+    pair_case(
+        "rebel",
+        regression.rebel_loss,
+        lambda logp, ref_logp, reward: np.square(0.2 * ratio_gap(logp, ref_logp) - gap(reward)),
+        {"beta": 0.2, "scale": "paper"},
+        ("logp", "ref_logp", "reward"),
+    ),
+    pair_case(
+        "rebel_code",
+        regression.rebel_loss,
+        lambda logp, ref_logp, reward: np.square(ratio_gap(logp, ref_logp) - 5 * gap(reward)),
+        {"beta": 0.2, "scale": "code"},
+        ("logp", "ref_logp", "reward"),
+    ),
+]
+
+OTHER_CASES = [
+    Case(
+        "plackett_luce_dpo",
+        preference.plackett_luce_dpo_loss,
+        plackett_luce_formula,
+        {"logp": "BN", "ref_logp": "BN"},
+        {"beta": 0.3},
+        size=4,
+        exchangeable=False,
+    ),
+    Case(
+        "ipl",
+        preference.ipl_loss,
+        ipl_formula,
+        {"q": "BNT", "next_value": "BNT", "label": "B"},
+        {"discount": 0.9, "penalty": 0.5},
+        size=2,
+        exchangeable=False,
+    ),
+    Case(
+        "kto",
+        binary.kto_loss,
+        kto_formula,
+        {"logp": "BN", "ref_logp": "BN", "desirable": "BN", "mismatched_log_ratio": "BM"},
+        {"beta": 0.1, "lambda_desirable": 1.3, "lambda_undesirable": 0.7},
+        split="candidates",
+        per_candidate=True,
+    ),
+    Case(
+        "bco",
+        binary.bco_loss,
+        bco_formula,
+        {"logp": "BN", "ref_logp": "BN", "desirable": "BN", "shift": "B"},
+        {"beta": 0.5},
+        per_candidate=True,
+    ),
+    Case(
+        "nca",
+        binary.nca_loss,
+        nca_formula,
+        {"logp": "BN", "ref_logp": "BN", "reward": "BN"},
+        {"beta": 0.5, "alpha": 0.3},
+        split="candidates",
+    ),
+    Case(
+        "info_nca",
+        binary.info_nca_loss,
+        info_nca_formula,
+        {"logp": "BN", "ref_logp": "BN", "reward": "BN"},
+        {"beta": 0.5, "alpha": 0.3},
+        split="candidates",
+    ),
+    Case(
+        "sppo",
+        regression.sppo_loss,
+        lambda logp, ref_logp, win_rate: np.square(logp - ref_logp - (win_rate - 0.5) / 0.1),
+        {"logp": "BN", "ref_logp": "BN", "win_rate": "BN"},
+        {"beta": 0.1},
+        per_candidate=True,
+    ),
+    Case(
+        "log_ratio_regression",
+        regression.log_ratio_regression_loss,
+        lambda logp, ref_logp, reward, log_z: np.square(logp - ref_logp - (reward / 0.3 - log_z[..., None])),
+        {"logp": "BN", "ref_logp": "BN", "reward": "BN", "log_z": "B"},
+        {"beta": 0.3},
+        per_candidate=True,
+    ),
+]
+CASES = [*CASES, *PAIR_CASES, *OTHER_CASES]
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def widen(case, inputs):
+    """Without the mask, floats in float64."""
+    return {name: np.asarray(x, np.float64) if name in case.floats else x for name, x in unmasked(inputs).items()}
 
 
 def unmasked(inputs):
@@ -214,7 +524,9 @@ def test_every_loss_is_here():
     for info in pkgutil.walk_packages(tiltjax.losses.__path__, "tiltjax.losses."):
         module = importlib.import_module(info.name)
         found |= {getattr(module, name) for name in module.__all__ if name.endswith("_loss")}
-    missing = {loss.__name__ for loss in found - {case.loss for case in CASES}}
+    # Token-level losses go through the same properties, with their own shapes, in the tests of their families.
+    elsewhere = policy_gradient_test.COVERED | {constrained.ptx_loss}
+    missing = {loss.__name__ for loss in found - {case.loss for case in CASES} - elsewhere}
     assert not missing, f"add these losses to CASES: {sorted(missing)}"
     assert len({case.name for case in CASES}) == len(CASES)
 
@@ -222,15 +534,23 @@ def test_every_loss_is_here():
 @every_case
 def test_is_the_float64_formula(case):
     inputs = unmasked(case.draw())
-    wide = {name: x if name == "matched" else x.astype(np.float64) for name, x in inputs.items()}
     value = case(inputs)
     assert value.shape == ((B, case.size) if case.per_candidate else (B,))
-    np.testing.assert_allclose(value, case.formula(**wide), rtol=1e-4, atol=1e-6)
-    low = {name: x if name == "matched" else jnp.asarray(x, jnp.bfloat16) for name, x in inputs.items()}
-    wide = {name: np.asarray(x, x.dtype if name == "matched" else np.float64) for name, x in low.items()}
+    np.testing.assert_allclose(value, case.formula(**widen(case, inputs)), rtol=1e-4, atol=1e-6)
+    low = {name: jnp.asarray(x, jnp.bfloat16) if name in case.floats else x for name, x in inputs.items()}
+    wide = widen(case, low)
     value = case(low)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, case.formula(**wide), rtol=1e-4, atol=1e-6)
+
+
+@every_case
+def test_float64_stays_float64(case):
+    inputs = widen(case, case.draw())
+    with jax.enable_x64(True):
+        value = jax.jit(case)(inputs)
+        assert value.dtype == jnp.float64
+        np.testing.assert_allclose(value, case.formula(**inputs), rtol=1e-6, atol=1e-12)
 
 
 @every_case
@@ -238,14 +558,20 @@ def test_masked_is_sliced(case):
     inputs = case.draw()
     where = inputs["where"]
     value = np.asarray(case(inputs))
-    wide = {name: x if name == "matched" else x.astype(np.float64) for name, x in unmasked(inputs).items()}
+    wide = widen(case, inputs)
+    if case.over_batch:
+        real = where.all(-1)
+        np.testing.assert_allclose(value[real], case.formula(**{k: x[real] for k, x in wide.items()}), rtol=1e-4)
+        assert (value[~real] == 0).all()
+        return
     for row in range(B):
-        real = where[row]
+        real = where[row, 0] if case.masked == "BNT" else where[row]
         if not real.any():
             assert (value[row] == 0).all()
             continue
         sliced = {
-            name: x[row : row + 1] if case.arrays[name] == "B" else x[row : row + 1, real] for name, x in wide.items()
+            name: x[row : row + 1, ..., real] if case.arrays[name] == case.masked else x[row : row + 1]
+            for name, x in wide.items()
         }
         if "matched" in sliced:
             sliced["matched"] = real.cumsum()[sliced["matched"]] - 1
@@ -262,8 +588,9 @@ def test_masked_entries_may_be_nan(case):
     clean["where"][0] = False
     dirty = dict(clean)
     for name in case.floats:
-        masked = ~clean["where"] if case.arrays[name] == "BN" else ~clean["where"].any(-1)
-        dirty[name] = np.where(masked, np.nan, clean[name]).astype(np.float32)
+        rows = tuple(range(1, clean["where"].ndim))
+        real = {case.masked: clean["where"], "B": clean["where"].any(rows), "BM": np.True_}[case.arrays[name]]
+        dirty[name] = np.where(real, clean[name], np.nan).astype(np.float32)
     value, grads = value_and_grads(case, dirty)
     expected, expected_grads = value_and_grads(case, clean)
     assert (value[0] == 0).all()
@@ -280,8 +607,9 @@ def test_extreme_inputs_are_finite(case):
     for seed in range(3):
         rng = np.random.default_rng(seed)
         for name in case.floats:
-            extremes = [-1e4, 0.0] if name.endswith("logp") else [0.0, 20.0] if name == "weights" else [-1e4, 1e4, 0.0]
-            inputs[name] = rng.choice(np.float32(extremes), inputs[name].shape)
+            extremes = {"logp": [-1e4, 0.0], "weights": [0.0, 20.0], "rate": [0.0, 1.0]}
+            chosen = extremes.get(name.split("_")[-1], [-1e4, 1e4, 0.0])
+            inputs[name] = rng.choice(np.float32(chosen), inputs[name].shape)
         value, grads = value_and_grads(case, inputs)
         assert np.isfinite(value).all()
         assert all(np.isfinite(grad).all() for grad in grads.values())
@@ -324,7 +652,7 @@ def test_prompts_over_eight_devices(case):
     np.testing.assert_allclose(jax.jit(case)(put), expected, rtol=1e-6)
     if case.split == "prompts":  # The default columns must be the ones that were given.
         extra = {"axis_name": "data"}
-        inputs.pop("matched")
+        inputs.pop("matched", None)
     run = functools.partial(case, **extra)
     mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows))(inputs)
     np.testing.assert_allclose(mapped, expected, rtol=1e-6)
@@ -353,7 +681,7 @@ def test_candidates_over_eight_devices(case):
     grad, _ = jax.jit(jax.grad(total, has_aux=True))(jnp.float32(1), inputs)
     split, whole = PartitionSpec(None, "n"), PartitionSpec()
     axes = {**case.arrays, "where": "BN"}
-    specs = {name: split if axes[name] == "BN" else whole for name in inputs}
+    specs = {name: split if axes[name] in ("BN", "BM") else whole for name in inputs}
     mesh = Mesh(np.array(jax.devices()), ("n",))
     mapped = jax.shard_map(
         step, mesh=mesh, in_specs=(whole, specs), out_specs=(whole, split if case.per_candidate else whole)
@@ -363,7 +691,7 @@ def test_candidates_over_eight_devices(case):
     np.testing.assert_allclose(mapped_grad, grad, rtol=1e-5)
 
     shards = {
-        name: np.moveaxis(x.reshape(B, 8, -1), 1, 0) if axes[name] == "BN" else np.broadcast_to(x, (8, B))
+        name: np.moveaxis(x.reshape(B, 8, -1), 1, 0) if axes[name] in ("BN", "BM") else np.broadcast_to(x, (8, B))
         for name, x in inputs.items()
     }
     pmapped_grad, pmapped_value = jax.pmap(step, axis_name="n", in_axes=(None, 0))(jnp.float32(1), shards)

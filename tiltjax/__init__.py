@@ -4,22 +4,23 @@
 
 Subpackages load on first use, so ``import tiltjax`` costs nothing:
 
-    tilt      rewards -> weights, log Z, effective sample size
-    samplers  draw from the tilt: best-of-N, soft best-of-N, resampling, decoding
-    losses    fit it (weighted MLE) or invert it (DPO)
-    exact     worlds small enough to know everything
-    models    transformers with a shared-prompt attention; Hugging Face in and out
-    data      prompts, pairs, candidates
-    rewards   text -> float
-    train     one step, two ways to map it over devices
-    ops       the mathematics below
+    tilt        rewards -> weights, log Z, effective sample size
+    samplers    draw from the tilt: best-of-N, soft best-of-N, resampling, decoding
+    losses      fit it (weighted MLE) or invert it (DPO)
+    advantages  baselines and credit
+    exact       worlds small enough to know everything
+    models      transformers with a shared-prompt attention; Hugging Face in and out
+    data        prompts, pairs, candidates
+    rewards     text -> float
+    train       one step, two ways to map it over devices
+    ops         the mathematics below
 """
 
 import importlib
 from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["data", "exact", "losses", "models", "ops", "rewards", "samplers", "tilt", "train", "types"]
+__all__ = ["advantages", "data", "exact", "losses", "models", "ops", "rewards", "samplers", "tilt", "train", "types"]
 
 
 def __getattr__(name: str) -> ModuleType:

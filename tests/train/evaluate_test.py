@@ -85,3 +85,17 @@ def test_policy_point_averages_candidates_before_prompts():
         means = values.mean(1)
         assert interval.mean == pytest.approx(values.mean(), abs=1e-6)
         assert means.min() <= interval.low < interval.mean < interval.high <= means.max()
+
+
+@pytest.mark.parametrize(
+    ("frontier", "options", "message"),
+    [
+        (soft_best_of_n_frontier, {"beta": BETA, "ns": [1, 0]}, "n must be at least 1, got 0"),
+        (soft_best_of_n_frontier, {"beta": 0.0, "ns": [1]}, "beta must be a finite number above 0, got 0.0"),
+        (best_of_n_frontier, {"ns": [M + 1]}, "n must lie between 1 and the number of draws, 32, got 33"),
+        (tilt_frontier, {"betas": [1.0, -1.0]}, "beta must be a finite number above 0, got -1.0"),
+    ],
+)
+def test_bad_options_are_named(frontier, options, message):
+    with pytest.raises(ValueError, match=message):
+        frontier(REWARD, **options)

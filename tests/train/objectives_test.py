@@ -132,7 +132,7 @@ def test_temperature_is_that_of_the_log_probabilities():
 
 
 def test_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="method must be one of .*; got 'ppo'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*; got 'ppo'"):
         method_kernel("ppo", beta=0.1)
-    with pytest.raises(ValueError, match="beta must be a finite number above 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"beta must be a finite number above 0, got 0\.0"):
         method_kernel("tilted_mle", beta=0.0)(jnp.zeros((6, 2)), ragged_candidates(6))

@@ -23,8 +23,8 @@ def method_kernel(method: str, *, beta: float) -> Kernel:
     """The kernel of a method that needs log-probabilities, rewards and reference log-probabilities only.
 
     Args:
-      method: "sft" (resampled candidates, all alike), "tilted_mle", "best_of_n_sft", "var_importance", or "dpo" (the two
-        candidates are chosen and rejected).
+      method: "sft" (resampled candidates, all alike), "tilted_mle", "best_of_n_sft", "var_importance", or "dpo" (the
+        two candidates are chosen and rejected).
       beta: Strength of the KL term, reward units.
 
     Returns:

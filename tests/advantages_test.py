@@ -1,0 +1,247 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from jax.sharding import Mesh, PartitionSpec
+from scipy.stats import binom
+
+from tiltjax.advantages import (
+    batch_whitened,
+    gae,
+    greedy_baseline,
+    group_normalised,
+    leave_one_out,
+    prime_advantage,
+    reinforce_pp_advantage,
+    reward_to_go,
+    token_reward,
+)
+
+RNG = np.random.default_rng(0)
+B, N, T = 8, 8, 6
+REWARD = RNG.normal(size=(B, N)).astype(np.float32)
+WHERE = RNG.random((B, N)) < 0.6
+WHERE[:, 0] = True
+WHERE[0] = False
+WHERE[1, 1:] = False
+TOKEN_REWARD, VALUE, TOKEN_KL = RNG.normal(size=(3, B, N, T)).astype(np.float32)
+MASK = RNG.random((B, N, T)) < 0.7  # With holes, and some completions empty.
+MASK[2, :3] = False
+
+GROUPS = {
+    "leave_one_out": lambda r, w=None, **k: leave_one_out(r, w, **k),
+    "std": lambda r, w=None, **k: group_normalised(r, w, **k),
+    "population": lambda r, w=None, **k: group_normalised(r, w, ddof=0, eps=1e-6, **k),
+    "variance": lambda r, w=None, **k: group_normalised(r, w, scale="variance", ddof=0, eps=0.01, **k),
+    "none": lambda r, w=None, **k: group_normalised(r, w, scale="none", **k),
+}
+
+
+def group_formula(name, r):
+    mean = r.mean()
+    return {
+        "leave_one_out": np.array([x - np.delete(r, i).mean() if len(r) > 1 else 0 for i, x in enumerate(r)]),
+        "std": (r - mean) / (r.std(ddof=1) + 1e-4) if len(r) > 1 else np.zeros(1),
+        "population": (r - mean) / (r.std() + 1e-6),
+        "variance": (r - mean) / np.sqrt(r.var() + 0.01),
+        "none": r - mean,
+    }[name]
+
+
+def gae_formula(reward, value, gamma, lam):
+    delta = reward + gamma * np.append(value[1:], 0) - value
+    powers = (gamma * lam) ** np.arange(len(reward))
+    return np.array([delta[t:] @ powers[: len(reward) - t] for t in range(len(reward))])
+
+
+class GroupTest(chex.TestCase):
+    @chex.variants(with_jit=True, with_pmap=True)
+    @parameterized.parameters(*GROUPS)
+    def test_is_the_float64_formula_of_the_real_candidates(self, name):
+        dirty = np.where(WHERE, REWARD, np.nan)
+        out = np.asarray(self.variant(GROUPS[name])(dirty, WHERE))
+        for row in range(B):
+            if WHERE[row].any():
+                expected = group_formula(name, REWARD[row][WHERE[row]].astype(np.float64))
+                np.testing.assert_allclose(out[row][WHERE[row]], expected, rtol=1e-4, atol=1e-6)
+            assert (out[row][~WHERE[row]] == 0).all()
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(*GROUPS)
+    def test_equal_rewards_give_exactly_zero(self, name):
+        equal = np.full((2, 7), [[0.1], [1e4 / 3]], np.float32)
+        out = self.variant(GROUPS[name])(equal, np.arange(14).reshape(2, 7) % 5 != 3)
+        np.testing.assert_array_equal(out, np.zeros((2, 7)))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_candidates_over_eight_devices(name):
+    mesh, spec = Mesh(np.array(jax.devices()), ("n",)), PartitionSpec(None, "n")
+    run = lambda r, w: GROUPS[name](r, w, axis_name="n")
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec, spec), out_specs=spec))(REWARD, WHERE)
+    np.testing.assert_allclose(sharded, GROUPS[name](REWARD, WHERE), rtol=1e-5, atol=1e-6)
+
+
+def test_identities_of_the_group():
+    n = N / (N - 1)
+    centred = group_normalised(REWARD, scale="none")
+    np.testing.assert_allclose(leave_one_out(REWARD), n * np.asarray(centred), rtol=1e-5)
+    np.testing.assert_allclose(leave_one_out(REWARD).sum(-1), np.zeros(B), atol=1e-5)
+
+
+@pytest.mark.parametrize(("G", "p", "expected"), [(8, 0.1, 2.0949), (64, 0.1, 2.9293), (8, 0.5, 0.9278)])
+def test_finite_groups_of_binary_rewards(G, p, expected):
+    """E[A | r = 1] falls short of the population's sqrt((1 - p) / p); the mean advantage is 0."""
+    k = np.arange(G)
+    alike = (k <= k[:, None]).astype(np.float32)  # k of the others are like the first candidate.
+    up = binom.pmf(k, G - 1, p) @ np.asarray(group_normalised(alike, ddof=0, eps=0.0))[:, 0]
+    down = binom.pmf(k, G - 1, 1 - p) @ np.asarray(group_normalised(1 - alike, ddof=0, eps=0.0))[:, 0]
+    np.testing.assert_allclose(up, expected, atol=2e-4)
+    np.testing.assert_allclose(p * up + (1 - p) * down, 0, atol=1e-5)
+
+
+class TokenTest(chex.TestCase):
+    @chex.variants(without_jit=True, with_jit=True, with_pmap=True)
+    @parameterized.parameters((1.0, 0.95), (0.9, 0.7), (0.9, 0.0))
+    def test_gae_is_the_sum_over_the_real_tokens(self, gamma, lam):
+        dirty = [np.where(MASK, x, np.nan) for x in (TOKEN_REWARD, VALUE)]
+        run = self.variant(lambda r, v, m: gae(r, v, m, gamma=gamma, lam=lam))
+        advantage, returns = (np.asarray(x) for x in run(*dirty, MASK))
+        for i in np.ndindex(B, N):
+            reward, value = (x[i][MASK[i]].astype(np.float64) for x in (TOKEN_REWARD, VALUE))
+            expected = gae_formula(reward, value, gamma, lam)
+            np.testing.assert_allclose(advantage[i][MASK[i]], expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(returns[i][MASK[i]], expected + value, rtol=1e-4, atol=1e-5)
+        assert (advantage[~MASK] == 0).all()
+        assert (returns[~MASK] == 0).all()
+
+    @chex.all_variants(with_pmap=True)
+    def test_token_reward_sums_to_the_penalised_reward(self):
+        dirty = np.where(MASK, TOKEN_KL, np.nan)
+        out = np.asarray(self.variant(lambda *x: token_reward(*x, beta=0.3))(REWARD, dirty, MASK))
+        kl = np.where(MASK, TOKEN_KL, 0).astype(np.float64)
+        real = MASK.any(-1)
+        np.testing.assert_allclose(out.sum(-1), np.where(real, REWARD - 0.3 * kl.sum(-1), 0), atol=1e-5)
+        last = np.where(MASK, np.arange(T), -1).max(-1, keepdims=True)
+        np.testing.assert_allclose(
+            out, np.where(np.arange(T) == last, REWARD[..., None], 0) * MASK - 0.3 * kl, atol=1e-6
+        )
+
+
+def test_gae_ends():
+    """lam = 1 is the reward-to-go less the value; lam = 0 the one-step error."""
+    monte_carlo, returns = gae(TOKEN_REWARD, VALUE, MASK, gamma=0.8, lam=1.0)
+    to_go = np.asarray(reward_to_go(TOKEN_REWARD, MASK, gamma=0.8))
+    np.testing.assert_allclose(monte_carlo, np.where(MASK, to_go - VALUE, 0), atol=1e-5)
+    np.testing.assert_allclose(returns, to_go, atol=1e-5)
+    full = np.ones((B, N, T), bool)
+    one_step, _ = gae(TOKEN_REWARD, VALUE, full, gamma=0.8, lam=0.0)
+    after = np.concatenate([VALUE[..., 1:], np.zeros((B, N, 1))], -1)
+    np.testing.assert_allclose(one_step, TOKEN_REWARD + 0.8 * after - VALUE, atol=1e-5)
+    plain = np.cumsum(TOKEN_REWARD[..., ::-1], -1)[..., ::-1]
+    np.testing.assert_allclose(reward_to_go(TOKEN_REWARD, full), plain, atol=1e-5)
+
+
+def test_batch_whitened_over_eight_devices():
+    real = TOKEN_REWARD[MASK].astype(np.float64)
+    expected = np.where(MASK, (TOKEN_REWARD - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8), 0)
+    dirty = np.where(MASK, TOKEN_REWARD, np.nan)
+    np.testing.assert_allclose(batch_whitened(dirty, MASK), expected, atol=1e-5)
+    mesh, spec = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+    run = lambda a, m: batch_whitened(a, m, axis_name="data")
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec, spec), out_specs=spec))(dirty, MASK)
+    np.testing.assert_allclose(sharded, expected, atol=1e-5)
+    np.testing.assert_allclose(jax.pmap(run, axis_name="data")(dirty, MASK), expected, atol=1e-5)
+    np.testing.assert_array_equal(batch_whitened(np.full((3, 5), 0.1, np.float32), eps=0.0), np.zeros((3, 5)))
+
+
+def test_reinforce_pp_over_eight_devices():
+    kl = np.where(MASK, TOKEN_KL, 0).astype(np.float64)
+    last = np.where(MASK, np.arange(T), -1).max(-1, keepdims=True)
+    reward = np.where(np.arange(T) == last, REWARD[..., None], 0) - 0.3 * kl
+    to_go = np.cumsum(reward[..., ::-1], -1)[..., ::-1]
+    expected = np.where(MASK, (to_go - to_go[MASK].mean()) / np.sqrt(to_go[MASK].var(ddof=1) + 1e-8), 0)
+    np.testing.assert_allclose(reinforce_pp_advantage(REWARD, TOKEN_KL, MASK, beta=0.3), expected, atol=1e-5)
+    mesh, spec = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+    run = lambda *x: reinforce_pp_advantage(*x, beta=0.3, axis_name="data")
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))
+    np.testing.assert_allclose(sharded(REWARD, TOKEN_KL, MASK), expected, atol=1e-5)
+
+
+def test_greedy_baseline():
+    greedy = RNG.normal(size=B).astype(np.float32)
+    out = greedy_baseline(np.where(WHERE, REWARD, np.nan), greedy, WHERE)
+    np.testing.assert_allclose(out, np.where(WHERE, REWARD - greedy[:, None], 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("baseline", ["paper", "code"])
+def test_prime(baseline):
+    """Against loops over the candidates and tokens that are real."""
+    dirty = np.where(MASK, TOKEN_REWARD, np.nan)
+    out = np.asarray(prime_advantage(dirty, REWARD, MASK, gamma=0.9, baseline=baseline))
+    for row in range(B):
+        real = [i for i in range(N) if MASK[row, i].any()]
+        tokens = {i: TOKEN_REWARD[row, i][MASK[row, i]].astype(np.float64) for i in real}
+        n = len(real)
+        for i in real:
+            outcome = REWARD[row, i] - np.mean([REWARD[row, j] for j in real if j != i])
+            if baseline == "paper":
+                bracket = tokens[i] - np.mean([tokens[j].mean() for j in real if j != i])
+            else:
+                bracket = tokens[i] * n / (n - 1) - sum(tokens[j].mean() for j in real) / (n - 1)
+            length = len(tokens[i])
+            process = [bracket[t:] @ 0.9 ** np.arange(length - t) for t in range(length)]
+            np.testing.assert_allclose(out[row, i][MASK[row, i]], np.array(process) + outcome, rtol=1e-4, atol=1e-5)
+    assert (out[~MASK] == 0).all()
+    one = np.ones((B, N, 1), bool)
+    both = [prime_advantage(TOKEN_REWARD[..., :1], REWARD, one, baseline=b) for b in ("paper", "code")]
+    np.testing.assert_allclose(*both, atol=1e-5)
+    alone = np.zeros((1, 2, 3), bool)
+    alone[0, 1] = True
+    np.testing.assert_array_equal(prime_advantage(np.ones((1, 2, 3)), np.ones((1, 2)), alone), np.zeros((1, 2, 3)))
+
+
+TOKENS = {
+    "gae": lambda *x: sum(gae(*x)),
+    "reward_to_go": lambda r, v, m: reward_to_go(r + v, m),
+    "token_reward": lambda r, v, m: token_reward(r[..., 0], v, m, beta=0.1),
+    "reinforce_pp": lambda r, v, m: reinforce_pp_advantage(r[..., 0], v, m, beta=0.1),
+    "whitened": lambda r, v, m: batch_whitened(r + v, m),
+    "prime": lambda r, v, m: prime_advantage(r, v[..., 0], m),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_no_gradient_and_finite_at_extremes(name):
+    rng = np.random.default_rng(5)
+    arrays = rng.choice(np.float32([-1e4, 0, 1e4]), (2, B, N, T))
+    value, grads = jax.jit(jax.value_and_grad(lambda x: TOKENS[name](*x, MASK).sum()))(jnp.asarray(arrays))
+    assert np.isfinite(value)
+    np.testing.assert_array_equal(grads, np.zeros_like(arrays))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_carry_no_gradient(name):
+    grad = jax.grad(lambda r: jnp.square(GROUPS[name](r, WHERE)).sum())(jnp.asarray(REWARD))
+    np.testing.assert_array_equal(grad, np.zeros((B, N)))
+
+
+def test_bad_options_are_named():
+    reward = jnp.zeros((2, 3))
+    mask = jnp.ones((2, 3), bool)
+    for call, message in (
+        (lambda: leave_one_out(reward[:, :1]), "reward must have at least 2 candidates per prompt, got 1"),
+        (lambda: group_normalised(reward[:, :1]), "reward must have at least 2 candidates per prompt, got 1"),
+        (lambda: group_normalised(reward, scale="batch"), "scale must be one of none, std, variance; got 'batch'"),
+        (lambda: group_normalised(reward, ddof=2), "ddof must be 0 or 1, got 2"),
+        (lambda: group_normalised(reward, eps=-1.0), "eps must be at least 0, got -1.0"),
+        (lambda: gae(reward, reward, mask, gamma=1.5), r"gamma must lie in \(0, 1\], got 1.5"),
+        (lambda: gae(reward, reward, mask, lam=-0.1), r"lam must lie in \[0, 1\], got -0.1"),
+        (lambda: token_reward(reward[:, 0], reward, mask, beta=-1), "beta must be at least 0, got -1"),
+        (lambda: prime_advantage(reward, reward[0, :2], mask, baseline="x"), "baseline must be one of code, paper"),
+        (lambda: batch_whitened(reward, eps=-1), "eps must be at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,298 @@
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from experiments import align, align_world
+from experiments.align_config import AlignConfig
+from tiltjax.data import text
+from tiltjax.models import pretrained
+from tiltjax.models.config import TransformerConfig
+from tiltjax.models.transformer import Transformer
+from tiltjax.train import evaluate
+from tiltjax.train.config import define_flags
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS, N = 6, 4
+ARTEFACTS = ("config.json", "report.md", "results.json", "metrics.jsonl", "frontier.png", "ess.png")
+SETTINGS = {"reward": "length?target=3", "beta": 0.2, "num_candidates": N, "num_prompts": 8, "num_eval_prompts": 4,
+            "max_tokens": 6, "steps": STEPS, "checkpoint_every": 2, "batch_size": 4, "sample_batch": 2,
+            "learning_rate": 0.01, "lora_rank": 0, "compute_dtype": "float32"}  # fmt: skip
+
+
+def not_a_number(prompts, completions):
+    return [float("nan")] * len(completions)
+
+
+def complaining(prompts, completions):
+    raise RuntimeError("first line\nsecond line")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny policy with a tokenizer of whole words, and a file of prompts."""
+    home = tmp_path_factory.mktemp("align")
+    words = ["<eos>", "<pad>", *(f"w{i}" for i in range(14))]
+    backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    config = TransformerConfig(vocab_size=len(words), features=16, num_layers=1, num_heads=2, num_kv_heads=2,
+                               head_dim=8, mlp_features=32, rotary_dim=8)  # fmt: skip
+    pretrained.save(Transformer(jax.random.key(0), config), home / "policy", tokenizer=tokenizer)
+    rows = [{"prompt": " ".join(words[2 + i : 5 + i - i % 3])} for i in range(12)]
+    (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+def settings(home, output, **changes):
+    return {"policy": f"{home}/policy", "prompts": f"{home}/prompts.jsonl", "output": f"{output}"} | SETTINGS | changes
+
+
+def arguments(options):
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def start(home):
+    flags_ = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    environment = os.environ | {
+        "XLA_FLAGS": " ".join(flags_),
+        # Four of the five runs below compile nothing that the first has compiled.
+        "JAX_COMPILATION_CACHE_DIR": str(home / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "experiments.align", *arguments]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def unbroken(home, start):
+    process = start(*arguments(settings(home, home / "unbroken")))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return home / "unbroken", out
+
+
+def test_writes_all_that_it_promises(home, unbroken):
+    directory, out = unbroken
+    assert {*ARTEFACTS, "candidates", "checkpoints", "hf", "tensorboard"} == {p.name for p in directory.iterdir()}
+    for name in ("frontier.png", "ess.png"):
+        data = (directory / name).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 10_000
+    assert [p for p in (directory / "tensorboard").iterdir() if "tfevents" in p.name and p.stat().st_size]
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert all(np.isfinite(list(line.values())).all() and {"loss", "grad_norm"} < set(line) for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    results = json.loads((directory / "results.json").read_text())
+    assert set(results["points"]) == {"reference", "soft_best_of_n", "best_of_n", "tilt", "tuned"}
+    assert np.isfinite(numbers(results)).all()
+    report = (directory / "report.md").read_text()
+    assert "| tilted_mle |" in report
+    assert "| tilted_mle |" in out
+    assert all(f"({name})" in report for name in ("frontier.png", "ess.png"))
+    assert "'--reward=length?target=3'" in report
+    assert str(directory / "report.md") in out
+
+
+def test_export_is_the_last_checkpoint(home, unbroken):
+    directory, _ = unbroken
+    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["4", "6"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.restore(directory / "checkpoints" / "6" / "state")
+    before, after = pretrained.load(home / "policy"), pretrained.load(directory / "hf")
+    assert after.config == before.config
+    for path, leaf in jax.tree_util.tree_flatten_with_path(after)[0]:
+        np.testing.assert_array_equal(leaf, saved[".params" + jax.tree_util.keystr(path)])
+    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]
+    assert min(moved) > 1e-3
+    tokenizers = [text.load_tokenizer(folder) for folder in (home / "policy", directory / "hf")]
+    assert text.tokenizer_fingerprint(tokenizers[0]) == text.tokenizer_fingerprint(tokenizers[1])
+
+
+def test_killed_three_times_it_ends_with_the_same_bytes(home, start, unbroken):
+    directory = home / "broken"
+    for sight in ("candidates/train/00000.npz", "checkpoints/2", "candidates/heldout-tuned.npz"):
+        process = start(*arguments(settings(home, directory, resume=True)))
+        deadline = time.monotonic() + 200
+        while not (directory / sight).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.kill()
+        _, err = process.communicate()
+        assert (directory / sight).exists(), err
+        assert process.returncode == -signal.SIGKILL
+        assert not (directory / "results.json").exists()
+    process = start(*arguments(settings(home, directory, resume=True)))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    for name in ("hf/model.safetensors", "hf/config.json", "metrics.jsonl", "results.json"):
+        assert (directory / name).read_bytes() == (unbroken[0] / name).read_bytes(), name
+
+
+def test_an_existing_run_is_not_overwritten_and_help_teaches(home, start, unbroken):
+    before = {p: p.read_bytes() for p in unbroken[0].rglob("*") if p.is_file()}
+    again, helped = start(*arguments(settings(home, unbroken[0]))), start("--help")
+    _, err = again.communicate(timeout=100)
+    assert again.returncode == 2
+    assert err == f"error: {unbroken[0]}: there is a run already; pass --resume to go on with it, or another --output\n"
+    assert {p: p.read_bytes() for p in unbroken[0].rglob("*") if p.is_file()} == before
+    out, _ = helped.communicate(timeout=100)
+    assert "python -m experiments.align" in out
+    for field in dataclasses.fields(AlignConfig):
+        assert f"--{'[no]' if field.default is False else ''}{field.name}:" in out
+    assert "Strength of the KL term, reward units" in " ".join(out.split())
+
+
+def test_other_settings_are_named(home, unbroken, refused):
+    line = refused(settings(home, unbroken[0], resume=True, beta=0.3, seed=1))
+    assert "--resume with other settings: beta (0.2 -> 0.3), seed (0 -> 1)" in line
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Runs ``main`` on flags that it must refuse, and returns the line that it writes."""
+    monkeypatch.delenv("TILTJAX_TRACEBACK", raising=False)
+    if "num_eval_prompts" not in flags.FLAGS:
+        define_flags(AlignConfig)
+
+    def refused(options, *, quiet=True):
+        with flagsaver.flagsaver():
+            flags.FLAGS(["align", *arguments(options)])
+            with pytest.raises(SystemExit) as stop:
+                align.main(["align"])
+        assert stop.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "Traceback" not in err
+        line = err.splitlines()[-1]  # Before it there may be progress bars.
+        assert not quiet or err == line + "\n"
+        assert line.startswith("error: ")
+        return line
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
+        ({"num_candidates": 1}, "num_candidates must be at least 2, got 1"),
+        ({"batch_size": 16}, "batch_size must be at most num_prompts=8, got 16"),
+        ({"microbatches": 3}, "microbatches must divide batch_size=8, got 3"),
+        ({"policy": "/no/such/policy"}, "/no/such/policy"),
+        ({"reward": "kindness"}, "unknown reward 'kindness'"),
+        ({"reward": "exact_match"}, "needs a column 'answer'"),
+        ({"prompts": "/no/such/prompts.jsonl"}, "/no/such/prompts.jsonl"),
+        ({"num_prompts": 9}, "13 prompts are needed (training and held-out), the file has 12"),
+        ({"mesh": "data:3"}, "3 places for 8 devices"),
+        ({"sample_batch": 4}, "sample_batch must be a multiple of data x fsdp = 8, got 4"),
+        ({"mesh": "data:4,tensor:2", "mapping": "pmap"}, "mesh must put every device on data where mapping=pmap"),
+        ({"mapping": "pmap", "microbatches": 2}, "microbatches must divide the 1 prompts of each device"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line_and_leave_nothing(home, tmp_path, refused, changes, message):
+    line = refused(settings(home, tmp_path / "run", **{"batch_size": 8, "sample_batch": 8} | changes))
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_prompts_are_named_by_file_and_line(home, tmp_path, refused):
+    lines = (home / "prompts.jsonl").read_text()
+    (tmp_path / "cut.jsonl").write_text(lines[: len(lines) - 9])
+    line = refused(settings(home, tmp_path / "run", prompts=tmp_path / "cut.jsonl"))
+    assert f"{tmp_path}/cut.jsonl:12: invalid JSON" in line
+
+
+@pytest.fixture
+def compiled_once(monkeypatch, shared):
+    for name, function in shared.items():
+        monkeypatch.setattr(align_world, name, function)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One compiled sampler and scorer for all runs of this process."""
+    made = {}
+
+    def once(make):
+        return lambda **options: made.setdefault((make, *sorted(options.items())), make(**options))
+
+    return {name: once(getattr(align_world, name)) for name in ("make_sampler", "make_scorer")}
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [("not_a_number", "is nan in float32 for completion 0"), ("complaining", "first line second line")],
+)
+def test_a_reward_that_fails_is_named(home, tmp_path, refused, compiled_once, reward, message):
+    spec = f"{__name__}:{reward}"
+    options = settings(home, tmp_path / "run", reward=spec, batch_size=8, sample_batch=8)
+    line = refused(options, quiet=False)
+    assert f"reward {spec!r}" in line
+    assert message in line
+    assert not (tmp_path / "run" / "candidates" / "train.npz").exists()
+
+
+METHODS = {
+    "soft_best_of_n": {},
+    "best_of_n_sft": {},
+    "dpo": {},
+    "var": {},
+    "var_importance": {"microbatches": 2},
+    "adapters": {"method": "tilted_mle", "mesh": "data:8", "batch_size": 8, "mapping": "pmap", "fit_candidates": 0,
+                 "lora_rank": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_to_its_end(home, tmp_path, compiled_once, name):
+    options = {"method": name, "mesh": "data:4,tensor:2", "batch_size": 4, "sample_batch": 8, "steps": 2} | METHODS[
+        name
+    ]
+    results = align.run(AlignConfig(**settings(home, tmp_path, **options)))
+    assert np.isfinite(numbers(results)).all()
+    assert all((tmp_path / artefact).stat().st_size for artefact in ("report.md", "results.json", "frontier.png"))
+    trains = name != "soft_best_of_n"
+    assert (
+        ("tuned" in results["points"]) == (tmp_path / "hf").exists() == (tmp_path / "metrics.jsonl").exists() == trains
+    )
+    if trains:
+        before, after = pretrained.load(home / "policy"), pretrained.load(tmp_path / "hf")
+        moved = np.asarray(after.blocks.up.kernel[0] - before.blocks.up.kernel[0])
+        assert np.abs(moved).max() > 1e-4
+        assert (np.linalg.matrix_rank(moved, tol=1e-5) <= 2) == (name == "adapters")
+        assert np.array_equal(after.embedding[...], before.embedding[...]) == (name == "adapters")
+
+
+def numbers(value):
+    """Every number of a nested result."""
+    if isinstance(value, dict):
+        return [x for part in value.values() for x in numbers(part)]
+    if isinstance(value, list | tuple):
+        return [x for part in value for x in numbers(part)]
+    if isinstance(value, evaluate.Point):
+        return numbers(vars(value))
+    return [value] if isinstance(value, int | float) else []

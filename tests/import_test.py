@@ -1,0 +1,78 @@
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import tiltjax
+
+MODULES = [m.name for m in pkgutil.walk_packages(tiltjax.__path__, "tiltjax.")]
+PUBLIC = ["tiltjax", *(name for name in MODULES if not any(part.startswith("_") for part in name.split(".")))]
+HEAVY = ("flax", "jax", "matplotlib", "numpy", "optax", "orbax", "tensorflow_datasets", "transformers")
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """Runs code in a fresh interpreter where importing torch or TensorFlow is an error."""
+    for name in ("torch", "tensorflow"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise AssertionError('{name} was imported')\n")
+
+    def run(code):
+        code = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{code}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+        return done.returncode, done.stdout.strip(), done.stderr
+
+    return run
+
+
+def test_neither_torch_nor_tensorflow(interpreter):
+    names = [*PUBLIC, "experiments.align"]
+    status, out, err = interpreter(
+        f"import importlib\nfor name in {names!r}: importlib.import_module(name)\n"
+        "print(sorted({'torch', 'tensorflow'} & set(sys.modules)))"
+    )
+    assert (status, out) == (0, "[]"), err
+    status, _, err = interpreter("import torch")
+    assert status == 1
+    assert "torch was imported" in err
+
+
+def test_importing_the_library_loads_nothing_and_subpackages_come_when_asked(interpreter):
+    status, out, err = interpreter(
+        f"import tiltjax\nbefore = sorted(set({HEAVY!r}) & set(sys.modules))\n"
+        "assert set(tiltjax.__all__) <= set(dir(tiltjax))\n"
+        "print(before, tiltjax.ops.__name__, 'jax' in sys.modules, tiltjax.types.__name__, 'jax' in sys.modules)"
+    )
+    assert (status, out) == (0, "[] tiltjax.ops False tiltjax.types True"), err
+    with pytest.raises(AttributeError, match="module 'tiltjax' has no attribute 'trainers'"):
+        tiltjax.trainers  # noqa: B018
+
+
+def test_all_names_every_subpackage():
+    assert sorted(tiltjax.__all__) == sorted(m.name for m in pkgutil.iter_modules(tiltjax.__path__))
+
+
+def rank(name):
+    """Constants, then classes, then functions, each in the order of the alphabet."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_listed_exists_and_is_documented(name):
+    module = importlib.import_module(name)
+    assert (module.__doc__ or "").strip()
+    names = getattr(module, "__all__", None)
+    if names is None:
+        assert hasattr(module, "__path__"), f"{name} has no __all__"
+        return
+    assert names == sorted(names, key=rank)
+    assert len(names) == len(set(names))
+    for public in names:
+        value = getattr(module, public)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            text = inspect.getdoc(value) or ""
+            assert text.strip(), f"{public} has no docstring"
+            assert not text.startswith(f"{public}("), f"{public} has the docstring that a dataclass makes up"
