@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from typing import Any
 
@@ -43,20 +44,20 @@ class World:
     config: AlignConfig
     directory: pathlib.Path
     tokenizer: text.Tokenizer
-    source: pathlib.Path | str
     model: Transformer
     reward: Any
     rows: dict[str, list]
     mesh: jax.sharding.Mesh
     sampler: Any
     scorer: Any
+    fingerprint: str
 
     def rollout(self, split: str, model: Transformer, *, seed: int) -> tuple[Candidates, list[list[str]]]:
         """N scored candidates of every prompt of a split, kept on disk once they are whole."""
         config, rows = self.config, self.rows[split.partition("-")[0]]
         path = self.directory / "candidates" / f"{split}.npz"
         if path.exists():
-            drawn = batches.load(path, fingerprint=config.fingerprint())
+            drawn = batches.load(path, fingerprint=self.fingerprint)
             return drawn, text.decode_completions(self.tokenizer, drawn.completion, drawn.completion_mask)
         drawn = collect(
             jax.random.fold_in(jax.random.key(config.seed), seed),
@@ -67,12 +68,12 @@ class World:
             batch_size=config.sample_batch,
             sharding=batch_sharding(self.mesh),
             directory=path.with_suffix(""),
-            fingerprint=config.fingerprint(),
+            fingerprint=self.fingerprint,
             description=f"sample {split}",
         )
         completions = text.decode_completions(self.tokenizer, drawn.completion, drawn.completion_mask)
         drawn = dataclasses.replace(drawn, reward=self.score(rows, completions))
-        batches.save(path, drawn, fingerprint=config.fingerprint())
+        batches.save(path, drawn, fingerprint=self.fingerprint)
         return drawn, completions
 
     def score(self, rows: list, completions: list[list[str]]) -> np.ndarray:
@@ -138,17 +139,20 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         pad_id=text.pad_id(tokenizer),
     )
     train, held_out = rows[: config.num_prompts], rows[config.num_prompts : wanted]
+    # Candidates are kept for a resumed run; an edited prompt file or another policy under the same name is refused.
+    parts = [config.fingerprint(), dtype, pretrained.fingerprint(model), text.tokenizer_fingerprint(tokenizer)]
+    made_of = "\n".join([*parts, *(repr(row) for row in rows[:wanted])])
     return World(
         config=config,
         directory=directory,
         tokenizer=tokenizer,
-        source=source,
         model=model,
         reward=reward,
         rows={"train": train, "heldout": held_out},
         mesh=mesh,
         sampler=sampler,
         scorer=make_scorer(),
+        fingerprint=hashlib.sha256(made_of.encode()).hexdigest()[:16],
     )
 
 

@@ -294,7 +294,7 @@ def save(path: str | os.PathLike, candidates: Candidates, *, fingerprint: str | 
     Args:
       path: File to write, in a folder that exists; an older file is replaced.
       candidates: Any batch; bfloat16 fields are written as float32.
-      fingerprint: Of the tokenizer that made the tokens (`tiltjax.data.text.tokenizer_fingerprint`), kept in the file.
+      fingerprint: Of what made the batch (tokenizer, policy, settings), kept in the file.
     """
     path = Path(path)
     arrays: dict[str, Any] = {name: np.asarray(x) for name, x in _given(candidates).items()}
@@ -317,14 +317,14 @@ def load(path: str | os.PathLike, *, fingerprint: str | None = None) -> Candidat
 
     Args:
       path: The file.
-      fingerprint: Of the tokenizer in use; a file that was made with another one is refused.
+      fingerprint: Of what would make the batch now; a file that was made with another one is refused.
 
     Returns:
       `Candidates` of NumPy arrays.
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: In one line, with the path: not such a file, cut short, or of another tokenizer.
+      ValueError: In one line, with the path: not such a file, cut short, or of another fingerprint.
     """
     path = Path(path)
     if not path.is_file():
@@ -336,7 +336,9 @@ def load(path: str | os.PathLike, *, fingerprint: str | None = None) -> Candidat
         raise ValueError(f"{path}: not a whole .npz file") from None
     made_with = arrays.pop("fingerprint", None)
     if fingerprint is not None and (made_with is None or str(made_with) != fingerprint):
-        raise ValueError(f"{path}: made with tokenizer {made_with}, not {fingerprint}")
+        raise ValueError(
+            f"{path}: made by another policy, tokenizer, prompts or settings: {made_with}, not {fingerprint}"
+        )
     if unknown := sorted(set(arrays) - set(_FIELDS)):
         raise ValueError(f"{path}: unknown field {', '.join(unknown)}")
     if missing := [name for name in _REQUIRED if name not in arrays]:
