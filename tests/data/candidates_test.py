@@ -279,5 +279,5 @@ def test_load_refuses_another_fingerprint(batch, tmp_path):
         lib.load(path, fingerprint="xyz")
     chex.assert_trees_all_equal(lib.load(path), batch)
     lib.save(path, batch)
-    with pytest.raises(ValueError, match="made by another .*: None, not xyz"):
+    with pytest.raises(ValueError, match=r"made by another .*: None, not xyz"):
         lib.load(path, fingerprint="xyz")
