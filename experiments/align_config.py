@@ -19,7 +19,10 @@ class AlignConfig:
 
     policy: str = field("smollm2", "Reference policy: smollm2, a Hugging Face directory or hub id, or a GGUF file.")
     reward: str = field("sentiment", "Reward: a shipped name (see tiltjax.rewards.registry) or module:function.")
-    prompts: str = field("reviews", "Prompts: a shipped set, a .jsonl or .parquet file, or tfds:<builder>.")
+    prompts: str = field(
+        "reviews",
+        "Prompts: a shipped set, a .jsonl or .parquet file, tfds:<builder>, or reasoning_gym:<task>?option=value.",
+    )
     method: str = field("tilted_mle", "How the tilt is reached; soft_best_of_n trains nothing.", choices=METHODS)
     beta: float = field(0.1, "Strength of the KL term, reward units: the tilt is ref * exp(reward / beta) / Z.")
     num_candidates: int = field(16, "N, candidates per prompt, drawn from the reference.")

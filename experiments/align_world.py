@@ -16,11 +16,12 @@ from experiments.align_config import AlignConfig
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
-from tiltjax.data.datasets import read
+from tiltjax.data.datasets import PromptRow, read
 from tiltjax.models import lora, pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.gate import required_columns, score
-from tiltjax.rewards.registry import load_reward
+from tiltjax.rewards.puzzles import puzzle_rows
+from tiltjax.rewards.registry import load_reward, parse_spec
 from tiltjax.samplers.best_of_n import best_of_n
 from tiltjax.samplers.resample import resample
 from tiltjax.tilt.weights import tilt
@@ -32,7 +33,7 @@ from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec, pmap_s
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 
-__all__ = ["World", "prepare", "training_data", "tune"]
+__all__ = ["World", "prepare", "prompt_rows", "training_data", "tune"]
 
 PROMPTS = pathlib.Path(__file__).parent / "prompts"
 
@@ -98,12 +99,21 @@ class World:
         )
 
 
+def prompt_rows(source: str, wanted: int, *, seed: int) -> list:
+    """Prompts of a shipped set, of a reasoning-gym task (as many as are wanted), or of a file or TFDS builder (all)."""
+    if source.startswith("reasoning_gym:"):
+        name, options = parse_spec(source.removeprefix("reasoning_gym:"))
+        rows = puzzle_rows(name, size=wanted, seed=seed, **options)
+        return [PromptRow(prompt=str(row.pop("prompt")), columns=dict(row)) for row in rows]
+    shipped = PROMPTS / f"{source}.jsonl"
+    return list(read(shipped if shipped.exists() else source, "prompt"))
+
+
 def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     """Loads everything, the cheap things that may fail first."""
     reward = load_reward(config.reward)
-    shipped = PROMPTS / f"{config.prompts}.jsonl"
-    rows = read(shipped if shipped.exists() else config.prompts, "prompt")
     wanted = config.num_prompts + config.num_eval_prompts
+    rows = prompt_rows(config.prompts, wanted, seed=config.seed)
     if len(rows) < wanted:
         raise ValueError(
             f"{config.prompts}: {wanted} prompts are needed (training and held-out), the file has {len(rows)}"

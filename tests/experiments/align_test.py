@@ -24,6 +24,8 @@ from tiltjax.data import text
 from tiltjax.models import pretrained
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
+from tiltjax.rewards.gate import score
+from tiltjax.rewards.registry import load_reward
 from tiltjax.train import evaluate
 from tiltjax.train.config import define_flags
 
@@ -296,3 +298,12 @@ def numbers(value):
     if isinstance(value, evaluate.Point):
         return numbers(vars(value))
     return [value] if isinstance(value, int | float) else []
+
+
+def test_puzzles_are_prompts_with_what_their_reward_needs():
+    rows = align_world.prompt_rows("reasoning_gym:gcd?max_value=20", 3, seed=0)
+    assert len({row.prompt for row in rows}) == 3
+    columns = {name: [row.columns[name] for row in rows] for name in ("answer", "entry")}
+    reward = load_reward("reasoning_gym:gcd")
+    assert score(reward, [row.prompt for row in rows], columns["answer"], columns=columns).tolist() == [1.0] * 3
+    assert len(align_world.prompt_rows("reviews", 3, seed=0)) == 112

@@ -19,7 +19,7 @@ from typing import Any
 
 from tiltjax.rewards.extras import import_extra
 
-__all__ = ["SHIPPED", "load_reward"]
+__all__ = ["SHIPPED", "load_reward", "parse_spec"]
 
 SHIPPED: dict[str, tuple[str, str, str | None]] = {
     "brevity": ("tiltjax.rewards.text", "brevity_reward", None),
@@ -36,6 +36,26 @@ _PUZZLE = "reasoning_gym:"
 
 def _known() -> str:
     return f"{', '.join(sorted(SHIPPED))}, {_PUZZLE}task, or module:attribute"
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Splits ``name?option=value&option=value``.
+
+    Args:
+      spec: Of a reward, or of anything that is named the same way.
+
+    Returns:
+      The name, and the options; values are read as JSON, else as text.
+
+    Raises:
+      ValueError: If an option is malformed or given twice.
+
+    Example:
+      >>> parse_spec("length?target=2")
+      ('length', {'target': 2})
+    """
+    name, question, rest = spec.partition("?")
+    return name, _parse_options(spec, rest) if question else {}
 
 
 def _parse_options(spec: str, text: str) -> dict[str, Any]:
@@ -96,8 +116,7 @@ def load_reward(spec: str) -> Callable[..., Any]:
       >>> load_reward("length?target=2")(["Say hi."], ["Hi."])
       [-0.5]
     """
-    name, question, rest = spec.partition("?")
-    options = _parse_options(spec, rest) if question else {}
+    name, options = parse_spec(spec)
     if name.startswith(_PUZZLE):
         from tiltjax.rewards.puzzles import puzzle_reward
 
