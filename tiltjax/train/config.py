@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from absl import flags
 
@@ -52,7 +52,8 @@ def define_flags(config_class: type) -> None:
 
 def from_flags(config_class: type[ConfigT]) -> ConfigT:
     """The dataclass that the parsed flags say; the only place that reads them."""
-    return config_class(**{item.name: flags.FLAGS[item.name].value for item in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+    values: Any = {item.name: flags.FLAGS[item.name].value for item in dataclasses.fields(cast(Any, config_class))}
+    return config_class(**values)
 
 
 def save_config(config: Any, path: str | os.PathLike) -> None:
