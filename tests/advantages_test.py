@@ -203,6 +203,25 @@ def test_prime(baseline):
     np.testing.assert_array_equal(prime_advantage(np.ones((1, 2, 3)), np.ones((1, 2)), alone), np.zeros((1, 2, 3)))
 
 
+def test_prime_of_the_official_code_over_eight_devices():
+    """Scaled by the largest reward-to-go of all devices, and whitened over all of their tokens."""
+    rewards = np.where(MASK, TOKEN_REWARD, 0).astype(np.float64)
+    largest = np.abs(np.cumsum(rewards[..., ::-1], -1)[..., ::-1])[MASK].max()
+    scaled = np.asarray(prime_advantage(TOKEN_REWARD / np.float32(largest + 1e-6), REWARD, MASK, baseline="code"))
+    real = scaled[MASK].astype(np.float64)
+    whitened = np.where(MASK, (scaled - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8), 0)
+    arrays = np.where(MASK, TOKEN_REWARD, np.nan), REWARD, MASK
+    mesh, spec = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+    for options, expected in (({}, scaled), ({"whiten": True}, whitened)):
+        options |= {"baseline": "code", "scale": "batch_max"}
+        np.testing.assert_allclose(prime_advantage(*arrays, **options), expected, rtol=1e-4, atol=1e-5)
+        run = lambda *x, options=options: prime_advantage(*x, **options, axis_name="data")
+        sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))(*arrays)
+        np.testing.assert_allclose(sharded, expected, rtol=1e-4, atol=1e-5)
+    nothing = prime_advantage(TOKEN_REWARD, REWARD, np.zeros_like(MASK), scale="batch_max", whiten=True)
+    np.testing.assert_array_equal(nothing, np.zeros_like(TOKEN_REWARD))
+
+
 TOKENS = {
     "gae": lambda *x: sum(gae(*x)),
     "reward_to_go": lambda r, v, m: reward_to_go(r + v, m),
@@ -241,6 +260,7 @@ def test_bad_options_are_named():
         (lambda: gae(reward, reward, mask, lam=-0.1), r"lam must lie in \[0, 1\], got -0.1"),
         (lambda: token_reward(reward[:, 0], reward, mask, beta=-1), "beta must be at least 0, got -1"),
         (lambda: prime_advantage(reward, reward[0, :2], mask, baseline="x"), "baseline must be one of code, paper"),
+        (lambda: prime_advantage(reward, reward[0, :2], mask, scale="max"), "scale must be one of batch_max, none"),
         (lambda: batch_whitened(reward, eps=-1), "eps must be at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):

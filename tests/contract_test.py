@@ -16,10 +16,11 @@ from jax.test_util import check_grads
 from scipy.special import expit, log_expit, logsumexp, softmax
 
 import tiltjax.losses
-from tests.losses import policy_gradient_test
-from tiltjax.losses import binary, constrained, mle, preference, regression
+from tests.losses import game_test, policy_gradient_test
+from tiltjax.losses import binary, constrained, game, mle, preference, process, regression, reward_model
 
 B, N, T = 8, 16, 3
+BOOLEAN = ("correct", "desirable", "harmful")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Case:
 
     @property
     def floats(self) -> list[str]:
-        return [name for name in self.arrays if name not in ("matched", "desirable", "length")]
+        return [name for name in self.arrays if name not in ("matched", "from_reference", "length", *BOOLEAN)]
 
     @property
     def masked(self) -> str:
@@ -80,8 +81,10 @@ class Case:
                 out[name] = np.broadcast_to(np.arange(B, dtype=np.int32), shapes[axes])
             elif name == "length":
                 out[name] = rng.integers(1, 9, size=shapes[axes], dtype=np.int32)
-            elif name == "desirable":
+            elif name in BOOLEAN:
                 out[name] = rng.random(shapes[axes]) < 0.5
+            elif name == "from_reference":
+                out[name] = np.arange(self.size) == rng.integers(self.size, size=shapes[axes][:-1])[..., None]
             elif name.endswith("_rate"):
                 out[name] = rng.random(shapes[axes], np.float32)
             elif name == "ref_logp" and axes == self.arrays[self.trained]:
@@ -279,6 +282,34 @@ def info_nca_formula(logp, ref_logp, reward):
     return -(tilted(reward, 0.3) * np.log(softmax(0.5 * (logp - ref_logp), -1))).sum(-1)
 
 
+def bernoulli(logit, correct):
+    """Cross-entropy of labels that may be shares."""
+    return -(1.0 * correct) * log_expit(logit) - (1.0 - correct) * log_expit(-logit)
+
+
+def bradley_terry_formula(reward, margin=0.0, label=1.0, centring=0.0):
+    one, other = log_expit(gap(reward) - margin), log_expit(-gap(reward) - margin)
+    return -label * one - (1 - label) * other + centring * np.square(reward.sum(-1))
+
+
+def cost_formula(cost, harmful):
+    return -log_expit(-gap(cost)) - log_expit(np.where(harmful, 1, -1) * cost).sum(-1)
+
+
+def implicit_dpo_formula(logp, ref_logp, correct):
+    r, out = 0.3 * (logp - ref_logp), np.zeros(len(logp))
+    for row, good in enumerate(correct):
+        if good.any() and not good.all():
+            out[row] = -log_expit(r[row, good][:, None] - r[row, ~good]).mean()
+    return out
+
+
+def implicit_nca_formula(logp, ref_logp, correct):
+    r = 0.5 * (logp - ref_logp)
+    drawn = np.where(correct, log_expit(r), 0).sum(-1) / np.maximum(correct.sum(-1), 1)
+    return -drawn - log_expit(-r).mean(-1)
+
+
 def pair_case(name, loss, formula, options, arrays=("logp", "ref_logp"), **more):
     return Case(
         name, loss, formula, dict.fromkeys(arrays, "BN"), options, size=2, rows_only=True, exchangeable=False, **more
@@ -417,6 +448,43 @@ PAIR_CASES = [
     ),
 ]
 
+
+def inpo_formula(logp, ref_logp, old_logp):
+    return np.square(gap(logp) - 0.4 * gap(ref_logp) - 0.6 * gap(old_logp) - 1 / (2 * 0.25))
+
+
+def dno_formula(logp, ref_logp, win_rate):
+    p, d = expit(gap(win_rate)), 0.1 * ratio_gap(logp, ref_logp)
+    return -p * log_expit(d) - (1 - p) * log_expit(-d)
+
+
+GAME_CASES = [
+    pair_case("spin", game.spin_loss, dpo_formula, {"beta": 0.1}),
+    pair_case(
+        "spin_linear",
+        game.spin_loss,
+        lambda logp, ref_logp: -0.1 * ratio_gap(logp, ref_logp),
+        {"beta": 0.1, "link": "linear"},
+    ),
+    pair_case(
+        "spin_hinge",
+        game.spin_loss,
+        lambda logp, ref_logp: np.maximum(0, 1 - 0.5 * ratio_gap(logp, ref_logp)),
+        {"beta": 0.5, "link": "hinge"},
+    ),
+    pair_case("dno", game.dno_loss, dno_formula, {"beta": 0.1}, ("logp", "ref_logp", "win_rate")),
+    pair_case("inpo", game.inpo_loss, inpo_formula, {"beta": 0.1, "eta": 0.25}, ("logp", "ref_logp", "old_logp")),
+    pair_case(
+        "xpo",
+        game.xpo_loss,
+        lambda logp, ref_logp, from_reference: (
+            dpo_formula(logp, ref_logp) + 0.05 * np.where(from_reference, logp, 0).sum(-1)
+        ),
+        {"beta": 0.1, "alpha": 0.05},
+        ("logp", "ref_logp", "from_reference"),
+    ),
+]
+
 OTHER_CASES = [
     Case(
         "plackett_luce_dpo",
@@ -486,7 +554,72 @@ OTHER_CASES = [
         per_candidate=True,
     ),
 ]
-CASES = [*CASES, *PAIR_CASES, *OTHER_CASES]
+
+REWARD_MODEL_CASES = [
+    pair_case("bradley_terry", reward_model.bradley_terry_loss, bradley_terry_formula, {}, ("reward",)),
+    Case(
+        "bradley_terry_shares",
+        reward_model.bradley_terry_loss,
+        functools.partial(bradley_terry_formula, centring=0.1),
+        {"reward": "BN", "margin": "B", "label": "B"},
+        {"centring": 0.1},
+        keywords=("margin", "label"),
+        size=2,
+        rows_only=True,
+        exchangeable=False,
+    ),
+    Case(
+        "plackett_luce",
+        reward_model.plackett_luce_loss,
+        lambda reward: plackett_luce_formula(reward / 0.3, 0.0),
+        {"reward": "BN"},
+        size=4,
+        exchangeable=False,
+    ),
+    Case("outcome", reward_model.outcome_loss, bernoulli, {"logit": "BN", "correct": "BN"}, per_candidate=True),
+    Case(
+        "process",
+        reward_model.process_loss,
+        lambda step_logit, label: bernoulli(step_logit, label).mean(-1),
+        {"step_logit": "BN", "label": "BN"},
+    ),
+    pair_case("cost_model", reward_model.cost_model_loss, cost_formula, {}, ("cost", "harmful")),
+    Case(
+        "implicit_prm_ce",
+        process.implicit_prm_ce_loss,
+        lambda logp, ref_logp, correct: bernoulli(0.3 * (logp - ref_logp) + 0.2, correct),
+        {"logp": "BN", "ref_logp": "BN", "correct": "BN"},
+        {"beta": 0.3, "bias": 0.2},
+        per_candidate=True,
+    ),
+    Case(
+        "implicit_prm_dpo",
+        process.implicit_prm_dpo_loss,
+        implicit_dpo_formula,
+        {"logp": "BN", "ref_logp": "BN", "correct": "BN"},
+        {"beta": 0.3},
+    ),
+    Case(
+        "implicit_prm_kto",
+        process.implicit_prm_kto_loss,
+        lambda logp, ref_logp, correct, mismatched_log_ratio: (
+            kto_formula(logp, ref_logp, correct, mismatched_log_ratio) / np.where(correct, 1.3, 0.7)
+        ),
+        {"logp": "BN", "ref_logp": "BN", "correct": "BN", "mismatched_log_ratio": "BM"},
+        {"beta": 0.1},
+        split="candidates",
+        per_candidate=True,
+    ),
+    Case(
+        "implicit_prm_nca",
+        process.implicit_prm_nca_loss,
+        implicit_nca_formula,
+        {"logp": "BN", "ref_logp": "BN", "correct": "BN"},
+        {"beta": 0.5},
+        split="candidates",
+    ),
+]
+CASES = [*CASES, *PAIR_CASES, *OTHER_CASES, *GAME_CASES, *REWARD_MODEL_CASES]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -525,7 +658,9 @@ def test_every_loss_is_here():
         module = importlib.import_module(info.name)
         found |= {getattr(module, name) for name in module.__all__ if name.endswith("_loss")}
     # Token-level losses go through the same properties, with their own shapes, in the tests of their families.
-    elsewhere = policy_gradient_test.COVERED | {constrained.ptx_loss}
+    elsewhere = (
+        policy_gradient_test.COVERED | game_test.COVERED | {constrained.ptx_loss, reward_model.process_class_loss}
+    )
     missing = {loss.__name__ for loss in found - {case.loss for case in CASES} - elsewhere}
     assert not missing, f"add these losses to CASES: {sorted(missing)}"
     assert len({case.name for case in CASES}) == len(CASES)

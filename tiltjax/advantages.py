@@ -309,6 +309,9 @@ def prime_advantage(
     *,
     gamma: Numeric = 1.0,
     baseline: str = "paper",
+    scale: str = "none",
+    whiten: bool = False,
+    axis_name: AxisName = None,
 ) -> Float[Array, "*batch N T"]:
     r"""PRIME: leave-one-out advantages of implicit process rewards, and of the outcome.
 
@@ -316,29 +319,39 @@ def prime_advantage(
                       + r_o^i - \frac{1}{n-1} \sum_{j \ne i} r_o^j
 
     where :math:`\bar r^j` is the mean process reward of candidate j's tokens. Pitfall: the baseline is one per token,
-    so a token's advantage depends on how many follow it. The official code also divides the process rewards by the
-    batch's largest absolute reward-to-go beforehand, and applies `batch_whitened` to the result.
+    so a token's advantage depends on how many follow it. The official code is ``baseline="code"``,
+    ``scale="batch_max"`` and ``whiten=True``; it scales each worker by its own maximum.
 
     Args:
-      process_reward: Reward of every token, :math:`\beta \log(\pi_\phi / p_\text{ref})`, reward units.
+      process_reward: Reward of every token, :math:`\beta \log(\pi_\phi / p_\text{ref})`, reward units: see
+        `tiltjax.losses.process.implicit_process_reward`.
       reward: Outcome reward of every candidate.
       mask: True for real tokens; a candidate without any takes no part in the baselines.
       gamma: Discount of the process rewards per real token, in (0, 1].
       baseline: ``"paper"`` as above; ``"code"`` puts :math:`\frac{n}{n-1} r_s^i - \frac{1}{n-1} \sum_j \bar r^j` in the
         bracket, which is leave-one-out for completions of one token only.
+      scale: ``"none"`` as above; ``"batch_max"`` first divides the process rewards by the largest absolute
+        reward-to-go, undiscounted, of the whole batch (plus 1e-6), so that none exceeds 1 beside the outcome's.
+      whiten: Whether `batch_whitened` is applied to the sum.
+      axis_name: Mapped axis over which the prompts are split, for ``scale`` and ``whiten``.
 
     Returns:
-      Advantages ``[*batch, N, T]``, without gradient; 0 where masked, and where there is no other candidate.
+      Advantages ``[*batch, N, T]``, without gradient; 0 where masked. Where there is no other candidate they are 0
+      before any whitening.
 
     Raises:
-      ValueError: If ``gamma`` is out of its range, ``baseline`` is unknown, or N < 2.
+      ValueError: If ``gamma`` is out of its range, ``baseline`` or ``scale`` is unknown, or N < 2.
 
     References:
       Cui et al., 2025, arXiv:2502.01456.
     """
     check_choice("baseline", baseline, ("paper", "code"))
+    check_choice("scale", scale, ("none", "batch_max"))
     _check_group(reward, None)
     process_reward, real = _constant(process_reward, mask), jnp.any(mask, axis=-1)
+    if scale == "batch_max":
+        largest = pmax(jnp.max(jnp.abs(reward_to_go(process_reward, mask)), initial=0), axis_name)
+        process_reward = process_reward / (largest + 1e-6)
     mean = masked_mean(process_reward, mask)
     count = jnp.sum(real, axis=-1, keepdims=True, dtype=mean.dtype)
     others = jnp.maximum(count - 1, 1)
@@ -348,7 +361,8 @@ def prime_advantage(
     else:
         bracket = process_reward * (count / others)[..., None] - (total / others)[..., None]
     process = reward_to_go(bracket, mask, gamma=gamma)
-    return jnp.where(mask & (count > 1)[..., None], process + leave_one_out(reward, real)[..., None], 0)
+    advantage = jnp.where(mask & (count > 1)[..., None], process + leave_one_out(reward, real)[..., None], 0)
+    return batch_whitened(advantage, mask, axis_name=axis_name) if whiten else advantage
 
 
 def reinforce_pp_advantage(

@@ -6,12 +6,10 @@ import jax.numpy as jnp
 from tiltjax.losses.preference.pairs import Beta, gap
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.ops.masked import as_float, masked_mean, masked_sum
+from tiltjax.ops.order import plackett_luce_logp
 from tiltjax.types import Array, Bool, Float, Int, Numeric
 
 __all__ = ["ipl_loss", "plackett_luce_dpo_loss"]
-
-# Stands for the score of a masked candidate: its exponential is 0 next to any other, its differences are finite.
-_NEVER = -1e30
 
 
 def plackett_luce_dpo_loss(
@@ -56,11 +54,7 @@ def plackett_luce_dpo_loss(
     real = jnp.full(logp.shape, True) if where is None else where
     ratio = jnp.where(real, logp, 0) - jnp.where(real, ref_logp, 0)
     score = ratio * (beta if jnp.ndim(beta) == 0 else jnp.expand_dims(beta, -1))
-    if ranking is not None:
-        score, real = (jnp.take_along_axis(x, ranking, axis=-1) for x in (score, real))
-    left = jax.lax.cumlogsumexp(jnp.where(real, score, _NEVER), axis=score.ndim - 1, reverse=True)
-    # The last real rank contributes score - score: the sum needs no end.
-    return masked_sum(left - score, real)
+    return -plackett_luce_logp(score, ranking, where=where)
 
 
 def ipl_loss(
