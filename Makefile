@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help align test lint parity clean
+.PHONY: help align test lint parity theory docs clean
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -26,6 +26,13 @@ lint: $(STAMP)  ## Lint, format, types and the direction of imports.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+theory: $(STAMP)  ## Every claim about the tilt, with its verdict, into runs/theory.md (under 8 minutes on two cores).
+	$(BIN)/python -m experiments.theory
+
+docs: $(STAMP)  ## Regenerate the committed pages: docs/methods.md and docs/theory.md.
+	$(BIN)/python -m experiments.methods
+	$(BIN)/python -m experiments.theory --output=docs
 
 parity: $(STAMP)  ## Logits against torch transformers (a virtual environment of its own, .venv.parity).
 	test -x .venv.parity/bin/python || $(PYTHON) -m venv .venv.parity

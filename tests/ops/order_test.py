@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from tiltjax.ops.order import expected_max, pass_at_k
+from tiltjax.ops.order import expected_max, pass_at_k, pass_at_k_bound, plackett_luce_logp
 
 RNG = np.random.default_rng(0)
 REWARD = RNG.normal(size=(4, 9)).astype(np.float32)
@@ -107,3 +107,46 @@ def test_a_bad_size_is_named(bad):
         expected_max(jnp.asarray(REWARD), n=bad)
     with pytest.raises(ValueError, match=rf"k must lie between 1 and num_samples, 9, got {bad}"):
         pass_at_k(jnp.asarray([1]), num_samples=9, k=bad)
+
+
+def test_rankings_are_drawn_without_replacement():
+    """Probabilities of all rankings of the real items sum to 1, and each is a product over the items left."""
+    score, where = np.array([0.5, np.nan, -1.0, 2.0], np.float32), np.array([True, False, True, True])
+    rankings = np.array(list(itertools.permutations([0, 2, 3])), np.int32)
+    full = np.insert(rankings, 1, 1, axis=-1)  # The masked item stands second, wherever that is.
+    logp = plackett_luce_logp(np.tile(score, (6, 1)), full, where=np.tile(where, (6, 1)))
+    a, b, c = np.moveaxis(np.exp(score.astype(np.float64))[rankings], -1, 0)
+    np.testing.assert_allclose(np.exp(logp), a / (a + b + c) * b / (b + c), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(logp).sum(), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 16, 2.5])
+def test_pass_at_k_bound_holds_for_every_law_of_the_pass_rate(k):
+    rate, law = RNG.random((50, 6)) ** 2, RNG.dirichlet(np.ones(6), size=50)
+    mean = (law * rate).sum(-1)
+    variance = (law * rate**2).sum(-1) - mean**2
+    exact = (law * (1 - (1 - rate) ** k)).sum(-1)
+    with jax.enable_x64(True):
+        bound = np.asarray(pass_at_k_bound(mean, variance, k=k))
+    assert (bound >= exact - 1e-12).all()
+    assert (bound <= 1).all()
+    if k == 2:
+        np.testing.assert_allclose(bound, exact, rtol=1e-12)
+    else:
+        assert (bound - exact).max() > 1e-3
+    # Prompts of one and the same pass rate, small ones included, in single precision.
+    even = np.float32([0, 1e-6, 1e-3, 0.4, 1])
+    expected = -np.expm1(k * np.log1p(-even[:-1].astype(np.float64)))
+    for call in (pass_at_k_bound, jax.jit(pass_at_k_bound, static_argnames="k")):
+        np.testing.assert_allclose(call(even, np.zeros_like(even), k=k), [*expected, 1], rtol=1e-6)
+
+
+def test_pass_at_k_bound_turns_round_at_one_draw():
+    # Rates 0 and 2/3 with equal chance: the mean is 1/3, the formula at k = 1 says less.
+    assert 1 - np.sqrt((1 - 1 / 3) ** 2 + 1 / 9) < 1 / 3 - 0.07
+    for k in (1, 0, 1.5):
+        with pytest.raises(ValueError, match=rf"k must be at least 2, got {k}"):
+            pass_at_k_bound(jnp.float32(1 / 3), jnp.float32(1 / 9), k=k)
+    one = jnp.float32(1)
+    gradient = jax.grad(lambda m, v: pass_at_k_bound(m, v, k=4), (0, 1))(one, 0 * one)
+    np.testing.assert_array_equal(gradient, [0, 0])

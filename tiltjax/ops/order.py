@@ -1,13 +1,18 @@
-"""Order statistics of draws: what the best of n would have scored, from N >= n draws that were not ordered."""
+"""Order: what the best of n would have scored, from N >= n draws that were not ordered; and how likely an order is."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.checks import check_at_least
+from tiltjax.ops.masked import as_float, masked_sum
 from tiltjax.types import Array, Bool, Float, Int
 
-__all__ = ["expected_max", "pass_at_k"]
+__all__ = ["expected_max", "pass_at_k", "pass_at_k_bound", "plackett_luce_logp"]
+
+# Stands for the score of a masked item: its exponential is 0 next to any other, its differences are finite.
+_NEVER = -1e30
 
 
 def expected_max(
@@ -93,3 +98,76 @@ def pass_at_k(num_correct: Int[Array, "*batch"], *, num_samples: int, k: int) ->
     i = np.arange(num_samples, 0, -1, dtype=np.float64)
     fail = np.concatenate([[1.0], np.cumprod(np.maximum(1 - k / i, 0))])
     return jnp.asarray(1 - fail, jnp.result_type(float))[jnp.clip(jnp.asarray(num_correct), 0, num_samples)]
+
+
+def pass_at_k_bound(
+    mean: Float[Array, "*batch"], variance: Float[Array, "*batch"], *, k: int | float
+) -> Float[Array, "*batch"]:
+    r"""Upper bound on the mean pass@k of prompts, from the mean and variance of their pass@1.
+
+    .. math:: E\left[1 - (1 - \rho)^k\right] \le 1 - \left[ (1 - E \rho)^2 + \mathrm{Var}\, \rho \right]^{k/2},
+              \qquad k \ge 2
+
+    Jensen's inequality for :math:`x^{k/2}` at :math:`x = (1 - \rho)^2`: an equality at ``k = 2`` and wherever
+    :math:`\rho` does not vary. At ``k = 1`` that power is concave and the inequality turns round, so it is refused.
+    More even prompts (a smaller variance) allow a higher pass@k at the same pass@1.
+
+    Args:
+      mean: Mean over prompts of the chance :math:`\rho` that one draw is correct, in [0, 1].
+      variance: Its variance over prompts, at most ``mean (1 - mean)``.
+      k: Size of the set that must hold a correct draw, at least 2.
+
+    Returns:
+      The bound in [0, 1], ``[*batch]``, accurate in relative terms where it is small.
+
+    Raises:
+      ValueError: If ``k`` is below 2.
+
+    Example:
+      >>> round(float(pass_at_k_bound(jnp.float32(0.5), jnp.float32(0.25), k=2)), 4)  # half of the prompts are solved
+      0.5
+
+    References:
+      Liu et al., 2025, arXiv:2505.24864.
+    """
+    check_at_least("k", k, 2)
+    mean, variance = as_float(mean), as_float(variance)
+    below_one = jnp.maximum(variance - mean * (2 - mean), -1)  # Of the bracket: (1 - mean)^2 + variance - 1.
+    real = below_one > -1
+    return jnp.where(real, -jnp.expm1(k / 2 * jnp.log1p(jnp.where(real, below_one, 0))), 1)
+
+
+def plackett_luce_logp(
+    score: Float[Array, "*batch N"],
+    ranking: Int[Array, "*batch N"] | None = None,
+    *,
+    where: Bool[Array, "*batch N"] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Log-probability of a ranking when items are drawn one at a time, from the softmax of the scores of those left.
+
+    .. math:: \log P(\tau) = \sum_{k=1}^{n-1} \left[ s_{\tau(k)} - \log \sum_{j \ge k} e^{s_{\tau(j)}} \right]
+
+    Args:
+      score: Score of every item, nats.
+      ranking: Index of the first item, of the second, ... of the last. None means that they are in that order.
+      where: True for real items, in the order of ``score``; masked ones drop out of the ranking. None means all.
+
+    Returns:
+      ``[*batch]``, nats, at most 0; 0 with fewer than two real items.
+
+    Example:
+      >>> round(float(jnp.exp(plackett_luce_logp(jnp.log(jnp.array([1.0, 2.0, 3.0]))))), 4)  # 1/6 * 2/5
+      0.0667
+
+    References:
+      Plackett, 1975, "The analysis of permutations".
+    """
+    score = as_float(score)
+    real = jnp.full(score.shape, True) if where is None else where
+    chex.assert_equal_shape([score, real])
+    score = jnp.where(real, score, _NEVER)
+    if ranking is not None:
+        score, real = (jnp.take_along_axis(x, ranking, axis=-1) for x in (score, real))
+    left = jax.lax.cumlogsumexp(score, axis=score.ndim - 1, reverse=True)
+    # The last real rank contributes score - score: the sum needs no end.
+    return masked_sum(score - left, real)

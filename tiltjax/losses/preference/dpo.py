@@ -5,14 +5,13 @@ completions of one prompt. Pairs are two candidates: index 0 chosen, index 1 rej
 the completion's tokens, in nats; reference and policy see the same template and truncation, dropout off in both.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from tiltjax.losses.preference.pairs import MAX_EXPONENT, Beta, Length, check_smoothing, gap, logistic, mean_logp, pairs
-from tiltjax.ops.checks import check_at_least, check_choice, check_fraction, check_positive
+from tiltjax.losses.preference.pairs import Beta, Length, check_smoothing, gap, logistic, mean_logp, pairs
+from tiltjax.ops.checks import check_at_least, check_choice, check_positive
 from tiltjax.ops.masked import as_float
+from tiltjax.tilt.f_divergence import divergence_link
 from tiltjax.types import Array, Bool, Float, Numeric
 
 __all__ = [
@@ -25,6 +24,7 @@ __all__ = [
     "robust_dpo_loss",
 ]
 
+# Those whose link is infinite at 0, so that the reward can be recovered. Mixed chi-squared is `chi_po_loss`.
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
@@ -79,58 +79,10 @@ def dpo_loss(
     """
     check_positive("beta", beta)
     check_smoothing(label_smoothing)
+    check_choice("divergence", divergence, _DIVERGENCES)
     real, logp, ref_logp = pairs(where, logp, ref_logp)
     margin = beta * gap(divergence_link(logp - ref_logp, divergence=divergence, alpha=alpha))
     return jnp.where(real, logistic(margin, label_smoothing), 0)
-
-
-def divergence_link(
-    log_ratio: Float[Array, "*batch"], *, divergence: str, alpha: Numeric = 0.5
-) -> Float[Array, "*batch"]:
-    r"""The derivative :math:`f'(u)` of an f-divergence at :math:`u = e^a`: what takes the log-ratio's place in f-DPO.
-
-    ============  ===================================  =============================  ==================
-    divergence    f(u)                                 f'(u), 0 at the reference      derivative in ``a``
-    ============  ===================================  =============================  ==================
-    reverse_kl    u log u                              a                              1
-    forward_kl    -log u                               1 - exp(-a)                    exp(-a)
-    js            u log u - (u + 1) log((u + 1) / 2)   log 2 + log sigma(a)           sigma(-a)
-    alpha         (u^(1-c) - (1-c) u - c) / (c (c-1))  (1 - exp(-c a)) / c            exp(-c a)
-    ============  ===================================  =============================  ==================
-
-    with ``c = alpha``. An additive constant in f' cancels in every loss of a difference of two links, and only such
-    losses may use a link other than reverse KL: their reward is known up to a constant of the prompt. The link must
-    be invertible with 0 outside the domain of f', which excludes total variation and chi-squared (`chi_po_loss` mends
-    the latter). Exponents are clamped at 80, beyond which the gradient is 0.
-
-    Args:
-      log_ratio: ``log(pi / p_ref)``, nats.
-      divergence: "reverse_kl", "forward_kl", "js" or "alpha".
-      alpha: Of the alpha divergence, in (0, 1].
-
-    Returns:
-      The link, the shape of ``log_ratio``.
-
-    Raises:
-      ValueError: If ``divergence`` is unknown, or ``alpha`` a Python number outside (0, 1].
-
-    Example:
-      >>> [round(float(divergence_link(jnp.float32(1.0), divergence=d)), 4) for d in ("forward_kl", "js", "alpha")]
-      [0.6321, 0.3799, 0.7869]
-
-    References:
-      Wang et al., 2023, arXiv:2309.16240, Table 1.
-    """
-    check_choice("divergence", divergence, _DIVERGENCES)
-    check_fraction("alpha", alpha)
-    log_ratio = as_float(log_ratio)
-    if divergence == "reverse_kl":
-        return log_ratio
-    if divergence == "js":
-        return math.log(2) + jax.nn.log_sigmoid(log_ratio)
-    order = alpha if divergence == "alpha" else 1.0
-    # expm1, and not exp, so that small alpha is reverse KL to rounding.
-    return -jnp.expm1(jnp.minimum(-order * log_ratio, MAX_EXPONENT)) / order
 
 
 def robust_dpo_loss(
@@ -212,8 +164,7 @@ def chi_po_loss(
     check_positive("beta", beta)
     check_positive("reward_bound", reward_bound)
     real, logp, ref_logp = pairs(where, logp, ref_logp)
-    ratio = logp - ref_logp
-    margin = beta * (gap(jnp.expm1(jnp.minimum(ratio, MAX_EXPONENT))) + gap(ratio))
+    margin = beta * gap(divergence_link(logp - ref_logp, divergence="mixed_chi_squared"))
     if reward_bound is not None:
         margin = jnp.clip(margin, -2 * reward_bound, 2 * reward_bound)
     return jnp.where(real, logistic(margin), 0)

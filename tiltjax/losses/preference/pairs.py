@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tiltjax.ops.masked import as_float
+from tiltjax.tilt.f_divergence import MAX_EXPONENT
 from tiltjax.types import Array, Float, Int, Numeric
 
 __all__ = ["MAX_EXPONENT", "Beta", "Length", "check_smoothing", "gap", "logistic", "mean_logp", "pairs"]
@@ -16,9 +17,6 @@ Beta = Numeric | Float[Array, "*batch"]
 
 Length = Int[Array, "*batch N"] | Float[Array, "*batch N"]
 """Number of tokens of every candidate, the end token included."""
-
-MAX_EXPONENT = 80.0
-"""Exponents are clamped here: ``exp(80)`` is finite in float32, and a loss of that size says enough."""
 
 
 def pairs(where: Array | None, logp: Array, *constants: Array) -> tuple[Array, ...]:
