@@ -15,7 +15,16 @@ from tqdm import tqdm
 
 from experiments.theory import claims
 
-FAMILIES = ("soft_best_of_n",)
+FAMILIES = (
+    "soft_best_of_n",
+    "log_partition",
+    "rlhf_rlif",
+    "weighted_mle",
+    "direct_preference",
+    "f_divergence",
+    "over_optimisation",
+    "voting",
+)
 """Modules of this package, in the order of the page."""
 
 _OUTPUT = flags.DEFINE_string("output", "runs", "Directory for theory.md and theory/<family>/ with the figures.")
