@@ -22,6 +22,10 @@ FAMILIES = (
     "weighted_mle",
     "direct_preference",
     "f_divergence",
+    "kl_estimators",
+    "grpo_dynamics",
+    "games",
+    "kuhn",
     "over_optimisation",
     "voting",
 )
