@@ -20,13 +20,17 @@ FAMILIES = (
     "log_partition",
     "rlhf_rlif",
     "weighted_mle",
+    "all_roads",
     "direct_preference",
     "f_divergence",
+    "misspecification",
     "kl_estimators",
     "grpo_dynamics",
     "games",
     "kuhn",
     "over_optimisation",
+    "process_rewards",
+    "search",
     "voting",
 )
 """Modules of this package, in the order of the page."""
