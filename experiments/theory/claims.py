@@ -199,7 +199,7 @@ def index(
       sections: Their pages, nested.
       command: That made it.
     """
-    counts = ["| family | " + " | ".join(VERDICTS) + " |", "| --- | " + "--- | " * len(VERDICTS)]
+    counts = ["| family | " + " | ".join(VERDICTS) + " |", "| --- " * (len(VERDICTS) + 1) + "|"]
     for family in families:
         numbers = [str(sum(c.verdict == v for c in judged[family.name])) for v in VERDICTS]
         anchor = re.sub(r"[^\w\- ]", "", family.title.lower()).replace(" ", "-")
