@@ -5,15 +5,17 @@
 Expected: no claim FAILED (exit status 0); under 8 minutes on two cores. ``--output=docs`` refreshes the committed page.
 """
 
+import dataclasses
 import importlib
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app
 from absl import logging as absl_logging
 from tqdm import tqdm
 
 from experiments.theory import claims
+from tiltjax.train.config import define_flags, field, from_flags
 
 FAMILIES = (
     "soft_best_of_n",
@@ -35,9 +37,14 @@ FAMILIES = (
 )
 """Modules of this package, in the order of the page."""
 
-_OUTPUT = flags.DEFINE_string("output", "runs", "Directory for theory.md and theory/<family>/ with the figures.")
-_FAST = flags.DEFINE_bool("fast", False, "Leave out whatever takes more than a few seconds.")
-_ONLY = flags.DEFINE_list("only", [], f"Families to run; all by default: {', '.join(FAMILIES)}.")
+
+@dataclasses.dataclass(frozen=True)
+class TheoryConfig:
+    """Everything that decides a run."""
+
+    output: str = field("runs", "Directory for theory.md, and theory/<family>/ with the pages and their figures.")
+    fast: bool = field(False, "Leave out whatever takes more than a few seconds.")
+    only: str = field("", f"Comma-separated families to run; all by default: {', '.join(FAMILIES)}.")
 
 
 def families(names: list[str]) -> list[claims.Family]:
@@ -56,16 +63,18 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     absl_logging.set_verbosity(absl_logging.WARNING)
+    config = from_flags(TheoryConfig)
     try:
-        chosen = families(_ONLY.value)
+        chosen = families([name for name in config.only.split(",") if name])
     except ValueError as error:
-        raise app.UsageError(str(error)) from None
-    output = pathlib.Path(_OUTPUT.value)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    output = pathlib.Path(config.output)
     pages, judged = [], {}
     for family in tqdm(chosen, desc="families", disable=None):
-        body, judged[family.name] = claims.run(family, output / "theory" / family.name, fast=_FAST.value)
+        body, judged[family.name] = claims.run(family, output / "theory" / family.name, fast=config.fast)
         pages.append(claims.nested(body, f"theory/{family.name}"))
-    command = "python -m experiments.theory" + (" --fast" if _FAST.value else "")
+    command = "python -m experiments.theory" + (" --fast" if config.fast else "")
     page = claims.index(chosen, judged, pages, command)
     (output / "theory.md").write_text(page)
     failed = [c for of_family in judged.values() for c in of_family if c.verdict == claims.FAILED]
@@ -76,4 +85,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags(TheoryConfig)
     app.run(main)

@@ -214,16 +214,17 @@ def index(
 
 def main(family: Family) -> None:
     """Runs one family as a program: flags, the table on the terminal, and exit status 1 if a claim failed."""
-    output = flags.DEFINE_string("output", f"runs/theory/{family.name}", "Directory for report.md and its figures.")
-    fast = flags.DEFINE_bool("fast", False, "Leave out whatever takes more than a few seconds.")
+    flags.DEFINE_string("output", f"runs/theory/{family.name}", "Directory for report.md and its figures.")
+    flags.DEFINE_bool("fast", False, "Leave out whatever takes more than a few seconds.")
 
     def start(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
         absl_logging.set_verbosity(absl_logging.WARNING)
-        _, claims = run(family, pathlib.Path(output.value), fast=fast.value)
+        directory = pathlib.Path(flags.FLAGS.output)
+        _, claims = run(family, directory, fast=flags.FLAGS.fast)
         print(table(claims))
-        print(f"\nreport: {pathlib.Path(output.value) / 'report.md'}")
+        print(f"\nreport: {directory / 'report.md'}")
         sys.exit(any(c.verdict == FAILED for c in claims))
 
     app.run(start)

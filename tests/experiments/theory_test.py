@@ -7,6 +7,7 @@ from experiments.theory import __main__ as program
 from experiments.theory import claims
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", program.FAMILIES)
 def test_no_claim_fails(name, tmp_path):
     (family,) = program.families([name])
