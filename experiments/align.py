@@ -11,6 +11,11 @@ held-out prompts): reference 0.222 [0.174, 0.271]; soft best-of-8 0.682 [0.630, 
 [0.383, 0.481] at 0.85 nats; tuned minus reference 0.212 [0.161, 0.262]; beta log Z 0.652. About five minutes on two
 cores.
 
+On several hosts, the same command on each, and a directory that all of them see (under SLURM, Open MPI, GKE and on TPU
+pods the last three flags are found by themselves):
+
+    python -m experiments.align --output=/shared/run --resume --coordinator=host0:8476 --num_processes=2 --process_id=0
+
 Bad input ends with one line and exit status 2; TILTJAX_TRACEBACK=1 shows the whole traceback.
 """
 
@@ -35,8 +40,10 @@ from tiltjax.models.transformer import Transformer
 from tiltjax.ops.tokens import sequence_logp
 from tiltjax.samplers.best_of_n import soft_best_of_n
 from tiltjax.tilt.temperature import beta_for_ess
-from tiltjax.train import evaluate
+from tiltjax.train import distributed, evaluate
 from tiltjax.train.config import define_flags, from_flags
+from tiltjax.train.distributed import Hosts
+from tiltjax.train.hardware import compilation_cache
 from tiltjax.train.metrics import bootstrap_interval
 
 _LOG = logging.getLogger(__name__)
@@ -66,7 +73,9 @@ def run(config: AlignConfig) -> dict[str, Any]:
     results, samples = compare(world, held_out, texts, tuned)
     if config.method != "soft_best_of_n":
         pretrained.save(tuned, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
-    reporting.write(directory, config, results, samples, reward=reward, train=estimates)
+    if distributed.is_main():
+        reporting.write(directory, config, results, samples, reward=reward, train=estimates)
+    distributed.barrier("report")
     return results
 
 
@@ -117,7 +126,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     absl_logging.set_verbosity(absl_logging.WARNING)
     try:
-        run(from_flags(AlignConfig))
+        config = from_flags(AlignConfig)
+        distributed.initialize(from_flags(Hosts))
+        compilation_cache(config.compilation_cache)
+        with distributed.ends_with_the_others():
+            run(config)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TILTJAX_TRACEBACK"):
             raise
@@ -127,4 +140,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(AlignConfig)
+    define_flags(Hosts)
     app.run(main)

@@ -6,9 +6,14 @@ import json
 import pathlib
 
 from tiltjax.ops.checks import check_at_least, check_positive
+from tiltjax.train import distributed
 from tiltjax.train.config import field, load_config, save_config
+from tiltjax.train.hardware import compilation_cache_field
 
-__all__ = ["METHODS", "AlignConfig", "check_run", "open_run"]
+__all__ = ["FREE", "METHODS", "AlignConfig", "check_run", "open_run"]
+
+FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
+"""Settings that move no number of a run."""
 
 METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
 
@@ -43,8 +48,9 @@ class AlignConfig:
     compute_dtype: str = field(
         "auto", "Operand type of matrix products; sums and logits are float32.", choices=("auto", "float32", "bfloat16")
     )
-    sample_batch: int = field(8, "Prompts sampled and scored at a time.")
+    sample_batch: int = field(8, "Prompts sampled (their number of candidates, from a queue) and scored at a time.")
     checkpoint_every: int = field(8, "Steps between checkpoints.")
+    compilation_cache: str = compilation_cache_field()
     seed: int = field(0, "Root of all randomness.")
     output: str = field("runs/align", "Directory of the run; nothing is written outside of it.")
     resume: bool = field(False, "Go on with the run in --output, bit for bit, from wherever it was stopped.")
@@ -66,8 +72,7 @@ class AlignConfig:
 
     def fingerprint(self) -> str:
         """Of everything that decides the numbers."""
-        free = ("output", "resume", "checkpoint_every")
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -83,13 +88,16 @@ def check_run(config: AlignConfig) -> pathlib.Path:
         old = load_config(AlignConfig, saved)
         if old.fingerprint() != config.fingerprint():
             pairs = zip(dataclasses.asdict(old).items(), dataclasses.asdict(config).values(), strict=True)
-            changed = ", ".join(f"{k} ({a} -> {b})" for (k, a), b in pairs if a != b and k not in ("output", "resume"))
+            changed = ", ".join(f"{k} ({a} -> {b})" for (k, a), b in pairs if a != b and k not in FREE)
             raise ValueError(f"{saved}: --resume with other settings: {changed}")
     return directory
 
 
 def open_run(config: AlignConfig) -> None:
-    """Makes the directory and notes the settings in it."""
-    directory = pathlib.Path(config.output)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_config(config, directory / "config.json")
+    """Makes the directory and notes the settings in it, after every host has run `check_run`."""
+    distributed.barrier("run checked")
+    if distributed.is_main():
+        directory = pathlib.Path(config.output)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_config(config, directory / "config.json")
+    distributed.barrier("run open")

@@ -17,6 +17,7 @@ from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
 from tiltjax.data.datasets import PromptRow, read
+from tiltjax.data.pipeline import Stream, epoch_batches, host_batches
 from tiltjax.models import lora, pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.gate import required_columns, score
@@ -25,8 +26,9 @@ from tiltjax.rewards.registry import load_reward, parse_spec
 from tiltjax.samplers.best_of_n import best_of_n
 from tiltjax.samplers.resample import resample
 from tiltjax.tilt.weights import tilt
+from tiltjax.train import distributed
 from tiltjax.train.hardware import fast_dtype
-from tiltjax.train.loop import epoch_batches, fit
+from tiltjax.train.loop import fit
 from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, var_objective
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
 from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec, pmap_step, shard, sharded_step
@@ -36,6 +38,8 @@ from tiltjax.train.step import train_step
 __all__ = ["World", "prepare", "prompt_rows", "training_data", "tune"]
 
 PROMPTS = pathlib.Path(__file__).parent / "prompts"
+QUEUE = 4
+"""Batches of prompts that wait in one queue while ``sample_batch`` times N candidates are being decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +61,39 @@ class World:
         """N scored candidates of every prompt of a split, kept on disk once they are whole."""
         config, rows = self.config, self.rows[split.partition("-")[0]]
         path = self.directory / "candidates" / f"{split}.npz"
-        if path.exists():
+        if distributed.agree(path.exists()):
             drawn = batches.load(path, fingerprint=self.fingerprint)
-            return drawn, text.decode_completions(self.tokenizer, drawn.completion, drawn.completion_mask)
+            return drawn, self.texts(drawn)
         drawn = collect(
             jax.random.fold_in(jax.random.key(config.seed), seed),
             model,
             text.encode_prompts(self.tokenizer, [row.prompt for row in rows]),
             sampler=self.sampler,
             pad_id=text.pad_id(self.tokenizer),
-            batch_size=config.sample_batch,
+            batch_size=config.sample_batch * min(QUEUE, -(-len(rows) // config.sample_batch)),
+            reward=lambda places, part: self.score([rows[i] for i in places], self.texts(part)),
             sharding=batch_sharding(self.mesh),
             directory=path.with_suffix(""),
             fingerprint=self.fingerprint,
             description=f"sample {split}",
         )
-        completions = text.decode_completions(self.tokenizer, drawn.completion, drawn.completion_mask)
-        drawn = dataclasses.replace(drawn, reward=self.score(rows, completions))
-        batches.save(path, drawn, fingerprint=self.fingerprint)
-        return drawn, completions
+        if distributed.is_main():
+            batches.save(path, drawn, fingerprint=self.fingerprint)
+        return drawn, self.texts(drawn)
+
+    def texts(self, drawn: Candidates) -> list[list[str]]:
+        """The completions as text."""
+        return text.decode_completions(self.tokenizer, drawn.completion, drawn.completion_mask)
 
     def score(self, rows: list, completions: list[list[str]]) -> np.ndarray:
-        """Rewards ``[P, N]`` of N completions per row."""
-        each = len(completions[0])
+        """Rewards ``[P, N]`` of N completions per row; every host computes those of its share of the rows."""
+        each, mine = len(completions[0]), distributed.share(len(rows))
+        values = distributed.together(lambda: self._score(rows[mine], completions[mine], each))
+        return distributed.gather_rows(values, len(rows))
+
+    def _score(self, rows: list, completions: list[list[str]], each: int) -> np.ndarray:
+        if not rows:
+            return np.zeros((0, each), np.float32)
         shown = [text.prompt_text(row.prompt) for row in rows for _ in range(each)]
         names = sorted({name for row in rows for name in row.columns})
         columns = {name: [row.columns.get(name) for row in rows for _ in range(each)] for name in names}
@@ -94,9 +108,24 @@ class World:
             drawn,
             batch_size=self.config.sample_batch,
             scorer=self.scorer,
+            buckets=4 if len(drawn.prompt) > self.config.sample_batch else 1,  # Many calls of one batch: one shape.
             sharding=batch_sharding(self.mesh),
             description=description,
         )
+
+    def with_reference(self, name: str, drawn: Candidates, description: str) -> Candidates:
+        """The same candidates with ``ref_logp``, computed once and kept in ``candidates/<name>.npz``.
+
+        A file that another reference, tokenizer, prompt or setting has made is refused.
+        """
+        path = self.directory / "candidates" / f"{name}.npz"
+        if distributed.agree(path.exists()):
+            return batches.load(path, fingerprint=self.fingerprint)
+        drawn = dataclasses.replace(drawn, ref_logp=self.ref_logp(drawn, description))
+        if distributed.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            batches.save(path, drawn, fingerprint=self.fingerprint)
+        return drawn
 
 
 def prompt_rows(source: str, wanted: int, *, seed: int) -> list:
@@ -147,6 +176,8 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         max_tokens=config.max_tokens,
         eos_id=text.eos_id(tokenizer),
         pad_id=text.pad_id(tokenizer),
+        slots=config.sample_batch * config.num_candidates,
+        mesh=mesh,
     )
     train, held_out = rows[: config.num_prompts], rows[config.num_prompts : wanted]
     # Candidates are kept for a resumed run; an edited prompt file or another policy under the same name is refused.
@@ -166,17 +197,18 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     )
 
 
-def training_data(world: World, drawn: Candidates) -> tuple[Any, Any]:
-    """``(step -> batch, loss function)`` of the method."""
+def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
+    """``(rows, step -> which of them, loss function)`` of the method."""
     config = world.config
     if config.method == "var":
-        blocks = var_blocks(world, drawn)
-        order = epoch_batches(len(blocks), 1, seed=config.seed)
-        return lambda step: blocks[order(step)[0]], var_objective(beta=config.beta)
+        blocks, B = var_blocks(world, drawn), config.batch_size
+        which = epoch_batches(len(blocks), 1, seed=config.seed)
+        rows = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
+        return rows, lambda step: which(step)[0] * B + np.arange(B), var_objective(beta=config.beta)
     if config.method == "dpo":
         worst = best_of_n(-jnp.asarray(drawn.reward))
         pair = np.stack([best_of_n(jnp.asarray(drawn.reward)), worst], axis=1)
-        drawn = batches.select(dataclasses.replace(drawn, ref_logp=world.ref_logp(drawn, "score reference")), pair)
+        drawn = world.with_reference("train-pairs", batches.select(drawn, pair), "score reference")
         chosen, rejected = np.asarray(drawn.reward).T
         decided = np.stack([chosen > rejected] * 2, axis=1)  # A prompt whose candidates all tie teaches nothing.
         drawn = dataclasses.replace(drawn, where=decided)
@@ -188,7 +220,7 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any]:
         kernel = method_kernel("sft", beta=config.beta)
     drawn = dataclasses.replace(drawn, old_token_logp=None)
     order = epoch_batches(config.num_prompts, config.batch_size, seed=config.seed)
-    return lambda step: batches.take(drawn, order(step)), likelihood_objective(kernel)
+    return drawn, order, likelihood_objective(kernel)
 
 
 def var_blocks(world: World, drawn: Candidates) -> list[VarBatch]:
@@ -204,11 +236,12 @@ def var_blocks(world: World, drawn: Candidates) -> list[VarBatch]:
             completion=np.broadcast_to(part.completion.reshape(1, B * N, T), (*shape, T)).copy(),
             completion_mask=np.broadcast_to(part.completion_mask.reshape(1, B * N, T), (*shape, T)).copy(),
         )
-        ref_logp = world.ref_logp(crossed, f"score across prompts {start // B + 1}")
+        crossed = world.with_reference(f"train-crossed-{start // B}", crossed, f"score across prompts {start // B + 1}")
         texts = text.decode_completions(world.tokenizer, crossed.completion, crossed.completion_mask)
         reward = world.score(world.rows["train"][start : start + B], texts)
         swap = lambda x: np.swapaxes(x.reshape(B, B, N), 1, 2).copy()  # noqa: E731, B023
-        blocks.append(VarBatch(candidates=part, ref_logp=swap(ref_logp), reward=swap(reward), own=np.arange(B)))
+        ref_logp = swap(np.asarray(crossed.ref_logp))
+        blocks.append(VarBatch(candidates=part, ref_logp=ref_logp, reward=swap(reward), own=np.arange(B)))
     return blocks
 
 
@@ -217,7 +250,7 @@ def tune(world: World, drawn: Candidates) -> Transformer:
     config = world.config
     if config.method == "soft_best_of_n":
         return world.model
-    batch_of, loss_fn = training_data(world, drawn)
+    data, order, loss_fn = training_data(world, drawn)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, max(1, config.steps // 10), max(2, config.steps), 0.1 * config.learning_rate
     )
@@ -229,11 +262,18 @@ def tune(world: World, drawn: Candidates) -> Transformer:
         trained, frozen = world.model, None
     state = shard(init_state(trained, tx), world.mesh)
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)
-    mapped = pmap_step(step) if config.mapping == "pmap" else sharded_step(step, state, frozen, world.mesh)
-    place = (lambda x: x) if config.mapping == "pmap" else lambda x: jax.device_put(x, batch_sharding(world.mesh))
+    place = batch_sharding(world.mesh)
+    mine = distributed.host_rows(place, config.batch_size)
+    stream = Stream(
+        host_batches(lambda rows: jax.tree.map(lambda x: x[rows], data), order, num_steps=config.steps, rows=mine)
+    )
+    batch_of = lambda step: distributed.global_batch(stream(step), place, config.batch_size)  # noqa: E731
+    mapped = sharded_step(step, state, frozen, world.mesh) if config.mapping == "sharded" else pmap_step(step)
+    if config.mapping == "pmap":  # It maps over the devices of this host, and takes what is on them.
+        batch_of, state, frozen = stream, distributed.localize(state), distributed.localize(frozen)
     state = fit(
         state,
-        lambda step: place(batch_of(step)),
+        batch_of,
         step_fn=mapped,
         key=jax.random.fold_in(jax.random.key(config.seed), 3),
         num_steps=config.steps,
@@ -242,4 +282,5 @@ def tune(world: World, drawn: Candidates) -> Transformer:
         resume=config.resume,
         checkpoint_every=config.checkpoint_every,
     )
-    return lora.merge(state.params if frozen is None else lora.combine(state.params, frozen))
+    params = state.params if frozen is None else lora.combine(state.params, frozen)
+    return lora.merge(distributed.replicate(params, world.mesh))

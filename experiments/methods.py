@@ -19,8 +19,6 @@ from absl import app, flags
 
 __all__ = ["ROLES", "public_functions", "render"]
 
-_OUTPUT = flags.DEFINE_string("methods_output", "docs/methods.md", "File to write.")
-
 COVERED = (
     "tiltjax.losses",
     "tiltjax.advantages",
@@ -84,7 +82,8 @@ ROLES: dict[str, dict[str, str]] = {
     },
     "tiltjax.samplers.pessimism": {"samples": "inference_time_pessimism"},
     "tiltjax.samplers.resample": {"samples": "resample", "part": "counts inverse_cdf"},
-    "tiltjax.samplers.decode": {"part": "decode"},
+    "tiltjax.samplers.continuous": {"part": "decode_queue grid_of occupancy"},
+    "tiltjax.samplers.decode": {"part": "candidate_keys decode draw"},
     "tiltjax.samplers.logits": {"part": "categorical greedy min_p processed temper top_k top_p"},
     "tiltjax.losses.mle": {
         "fits": "sft_loss weighted_mle_loss tilted_mle_loss var_loss var_importance_loss best_of_n_sft_loss "
@@ -247,11 +246,12 @@ def main(argv: list[str]) -> None:
     """Writes the page."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    path = pathlib.Path(_OUTPUT.value)
+    path = pathlib.Path(flags.FLAGS.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render())
     print(f"{path}: {sum(1 for _ in public_functions())} functions")
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("output", "docs/methods.md", "File to write.")
     app.run(main)

@@ -5,6 +5,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Lowercase
+from transformers import PreTrainedTokenizerFast
 
 from tiltjax.data import text as lib
 
@@ -130,6 +134,20 @@ class TestFingerprint:
         grown.add_tokens(["new"])
         assert lib.tokenizer_fingerprint(grown) not in prints
         assert all(len(p) == 16 and int(p, 16) >= 0 for p in prints)
+
+    def test_tells_apart_the_same_vocabulary_used_otherwise(self):
+        """Other merges, or another normaliser, make other tokens of the same text."""
+        vocabulary = {token: i for i, token in enumerate(["<eos>", "a", "b", "c", "ab", "bc", "A"])}
+
+        def tokenizer(merges, normalizer=None):
+            backend = Tokenizer(BPE(vocabulary, merges))
+            backend.normalizer = normalizer
+            return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+        made = [tokenizer([("a", "b")]), tokenizer([("b", "c")]), tokenizer([("a", "b")], Lowercase())]
+        encoded = [lib.encode_completions(t, ["abc", "A"]) for t in made]
+        assert len({str(ids) for ids in encoded}) == 3
+        assert len({lib.tokenizer_fingerprint(t) for t in made}) == 3
 
     def test_survives_a_folder_and_a_pad_that_changes_nothing(self, make_tokenizer, tmp_path):
         make_tokenizer().save_pretrained(tmp_path)

@@ -28,13 +28,14 @@ from tiltjax.rewards.gate import score
 from tiltjax.rewards.registry import load_reward
 from tiltjax.train import evaluate
 from tiltjax.train.config import define_flags
+from tiltjax.train.distributed import Hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, N = 6, 4
 ARTEFACTS = ("config.json", "report.md", "results.json", "metrics.jsonl", "frontier.png", "ess.png")
 SETTINGS = {"reward": "length?target=3", "beta": 0.2, "num_candidates": N, "num_prompts": 8, "num_eval_prompts": 4,
             "max_tokens": 6, "steps": STEPS, "checkpoint_every": 2, "batch_size": 4, "sample_batch": 2,
-            "learning_rate": 0.01, "lora_rank": 0, "compute_dtype": "float32"}  # fmt: skip
+            "learning_rate": 0.01, "lora_rank": 0, "compute_dtype": "float32", "compilation_cache": ""}  # fmt: skip
 
 
 def not_a_number(prompts, completions):
@@ -179,6 +180,7 @@ def refused(capsys, monkeypatch):
     monkeypatch.delenv("TILTJAX_TRACEBACK", raising=False)
     if "num_eval_prompts" not in flags.FLAGS:
         define_flags(AlignConfig)
+        define_flags(Hosts)
 
     def refused(options, *, quiet=True):
         with flagsaver.flagsaver():
@@ -256,6 +258,49 @@ def test_a_reward_that_fails_is_named(home, tmp_path, refused, compiled_once, re
     assert f"reward {spec!r}" in line
     assert message in line
     assert not (tmp_path / "run" / "candidates" / "train.npz").exists()
+
+
+def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_path, compiled_once):
+    """The reference's log-probabilities lie beside the candidates, and are those of no other reference or tokenizer."""
+    world = align_world.prepare(AlignConfig(**settings(home, tmp_path, batch_size=8, sample_batch=8)), tmp_path)
+    drawn, _ = world.rollout("train", world.model, seed=0)
+    scored = []
+
+    def scorer(model, candidates):
+        scored.append(candidates.completion.shape)
+        return world.scorer(model, candidates)
+
+    def data(method, **changes):
+        config = dataclasses.replace(world.config, method=method)
+        return align_world.training_data(dataclasses.replace(world, config=config, scorer=scorer, **changes), drawn)[0]
+
+    for method in ("tilted_mle", "best_of_n_sft", "var_importance"):
+        assert data(method).ref_logp is None
+    assert scored == []
+    first = data("dpo")
+    assert [shape[1] for shape in scored] == [2]  # The pair, not all N.
+    np.testing.assert_allclose(first.ref_logp, world.scorer(world.model, first), rtol=1e-5)
+    again = data("dpo")
+    assert len(scored) == 1
+    np.testing.assert_array_equal(again.ref_logp, first.ref_logp)
+    crossed = data("var").ref_logp
+    np.testing.assert_array_equal(data("var").ref_logp, crossed)
+    assert len(scored) == 2
+    with pytest.raises(ValueError, match="made by another policy, tokenizer, prompts or settings"):
+        data("dpo", fingerprint="0" * 16)
+
+
+def test_another_reference_or_tokenizer_is_another_fingerprint(home, tmp_path, compiled_once, monkeypatch):
+    config = AlignConfig(**settings(home, tmp_path, batch_size=8, sample_batch=8))
+    prints = {align_world.prepare(config, tmp_path).fingerprint}
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "tokenizer_fingerprint", lambda tokenizer: "another")
+        prints.add(align_world.prepare(config, tmp_path).fingerprint)
+    with monkeypatch.context() as patch:
+        load = pretrained.load
+        patch.setattr(pretrained, "load", lambda *a, **o: jax.tree.map(lambda x: x * 1.0001, load(*a, **o)))
+        prints.add(align_world.prepare(config, tmp_path).fingerprint)
+    assert len(prints) == 3
 
 
 METHODS = {

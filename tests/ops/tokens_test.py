@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from tiltjax.ops.tokens import dot, eos_mask, sequence_logp, token_logp
+from tiltjax.ops.tokens import chunked_kl, dot, eos_mask, sequence_logp, token_logp
 
 V, D = 37, 8
 RNG = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def fields(stats):
     return stats.logp, stats.entropy, stats.self_certainty
 
 
-@functools.partial(jax.jit, static_argnums=3, static_argnames=("chunk", "dtype"))
+@functools.partial(jax.jit, static_argnums=3, static_argnames=("chunk", "rows", "dtype"))
 def chunked(hidden, head, token, temperature=1.0, **options):
     return fields(token_logp(hidden, head, token, temperature=temperature, **options))
 
@@ -62,14 +62,15 @@ def test_is_the_float64_log_softmax(chunk, temperature):
         )
 
 
-@pytest.mark.parametrize(("chunk", "temperature"), [(8, 0.7), (64, 1.0)])
-def test_gradient_is_that_of_the_plain_formula(chunk, temperature):
+@pytest.mark.parametrize(("chunk", "rows", "temperature"), [(8, None, 0.7), (64, 4, 1.0), (8, 2, 0.7)])
+def test_gradient_is_that_of_the_plain_formula(chunk, rows, temperature):
+    """Also with positions in blocks: 2 of 3 positions, where 6 divide evenly, and 4, where they need padding."""
     with jax.enable_x64(True):
         expected = pulled_back(lambda h, w: plain(h, w, TOKEN, temperature))
-        actual = pulled_back(lambda h, w: chunked(h, w, TOKEN, temperature, chunk=chunk))
+        actual = pulled_back(lambda h, w: chunked(h, w, TOKEN, temperature, chunk=chunk, rows=rows))
         for a, b in zip(actual, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
-    single = pulled_back(lambda h, w: chunked(h, w, TOKEN, temperature, chunk=chunk), dtype=jnp.float32)
+    single = pulled_back(lambda h, w: chunked(h, w, TOKEN, temperature, chunk=chunk, rows=rows), dtype=jnp.float32)
     for a, b in zip(single, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -128,11 +129,93 @@ def test_neither_pass_holds_all_logits():
     assert largest(lambda h, w: fields(token_logp(h, w, token, chunk=chunk))) == [M * chunk] * 2
 
 
+def test_blocks_of_positions_change_no_number():
+    """Prime numbers of positions, so that every block size needs padding; each block is a strided part."""
+    hidden, token = np.float32(RNG.normal(size=(11, D))), RNG.integers(0, V, 11)
+    out = chunked(hidden, np.float32(HEAD), token, chunk=8, rows=3)
+    np.testing.assert_allclose(out, exact(hidden, HEAD, token, 1.0), rtol=2e-5, atol=2e-6)
+
+
+REF_HIDDEN, REF_HEAD = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(V, 5)) / 2
+
+
+def dense_kl(hidden, head, ref_hidden, ref_head, temperature):
+    logp = jax.nn.log_softmax(jnp.einsum("...d,vd->...v", hidden, head) / temperature)
+    logq = jax.nn.log_softmax(jnp.einsum("...d,vd->...v", ref_hidden, ref_head) / temperature)
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+
+
+@pytest.mark.parametrize(("chunk", "rows", "temperature"), [(8, None, 1.0), (37, 2, 0.7)])
+def test_kl_and_its_gradients_are_those_of_the_dense_formula(chunk, rows, temperature):
+    """In float64 against NumPy and automatic differentiation; in float32 and bfloat16 against float64."""
+    operands = (HIDDEN, HEAD, REF_HIDDEN, REF_HEAD)
+    options = {"temperature": temperature, "chunk": chunk, "rows": rows}
+    logp, logq = (log_softmax(h @ w.T / temperature, axis=-1) for h, w in (operands[:2], operands[2:]))
+    expected = (np.exp(logp) * (logp - logq)).sum(-1)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def value_and_grad(operands, dtype):
+        function = lambda *x: (jnp.sum(COTANGENTS[0] * (kl := chunked_kl(*x, dtype=dtype, **options))), kl)
+        return jax.grad(function, argnums=(0, 1, 2, 3), has_aux=True)(*operands)
+
+    with jax.enable_x64(True):
+        total = lambda *x: jnp.sum(COTANGENTS[0] * dense_kl(*x, temperature))
+        wanted = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(*map(jnp.asarray, operands))
+        grads, kl = value_and_grad(operands, None)
+        np.testing.assert_allclose(kl, expected, rtol=1e-11)
+        for a, b in zip(grads, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+    for dtype, tolerance in ((None, 1e-5), ("bfloat16", 0.03))[: 1 if rows else 2]:
+        grads, kl = value_and_grad(tuple(map(np.float32, operands)), dtype)
+        assert kl.dtype == jnp.float32
+        np.testing.assert_allclose(kl, expected, rtol=tolerance, atol=tolerance)
+        for a, b in zip(grads, wanted, strict=True):
+            np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
+def test_a_frozen_reference_costs_no_backward_pass():
+    """Three products per logit of the policy, one of the reference: none that makes a gradient of the reference."""
+
+    def products(argnums):
+        function = lambda *x: jnp.sum(chunked_kl(*x, chunk=V))
+        text = str(jax.make_jaxpr(jax.grad(function, argnums=argnums))(HIDDEN, HEAD, REF_HIDDEN, REF_HEAD))
+        return text.count("dot_general")
+
+    assert (products((0, 1)), products((0, 1, 2, 3))) == (2 + 2 + 2, 2 + 2 + 4)
+
+
+def test_memory_depends_neither_on_positions_nor_on_the_vocabulary():
+    """Scratch memory of the compiled gradients, beyond their arguments and results."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def grad(kl, hidden, head, token, ref_hidden, ref_head):
+        options = {"chunk": 128, "rows": 64}
+
+        def total(hidden, head):
+            if kl:
+                return jnp.sum(chunked_kl(hidden, head, ref_hidden, ref_head, **options))
+            return jnp.sum(token_logp(hidden, head, token, **options).logp)
+
+        return jax.grad(total, argnums=(0, 1))(hidden, head)
+
+    def scratch(kl, positions, vocabulary):
+        floats = [jax.ShapeDtypeStruct((n, 16), jnp.float32) for n in (positions, vocabulary)]
+        token = jax.ShapeDtypeStruct((positions,), int)
+        return grad.lower(kl, *floats, token, *floats).compile().memory_analysis().temp_size_in_bytes
+
+    few = 4 * 4 * (1024 - 256)  # A few numbers per position are kept: log-normalisers and the like.
+    for kl in (False, True):
+        small, large = scratch(kl, 256, 512), scratch(kl, 1024, 2048)
+        assert small < 6 * 64 * 128 * 4
+        assert large - small <= few + 1024
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
         ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"rows": 0}, "rows must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(options, message):

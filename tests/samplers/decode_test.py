@@ -135,6 +135,15 @@ def test_the_key_decides_and_candidates_differ():
     assert len({row.tobytes() for row in rows}) == B
 
 
+def test_a_key_for_each_prompt_is_the_key_of_its_place():
+    """Fewer prompts in another order draw the same, each with its own key."""
+    out, rows = drawn(), np.array([6, 1, 1, 0, 2, 3, 4, 7])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), rows)
+    mixed = sampler()(keys, tiny_model(), PROMPT[rows], PROMPT_MASK[rows])
+    np.testing.assert_array_equal(mixed.completion, out.completion[rows])
+    np.testing.assert_allclose(mixed.token_logp, out.token_logp[rows], atol=1e-6)
+
+
 def test_other_prompts_do_not_matter():
     out = drawn()
     others = PROMPT.copy()
@@ -241,7 +250,7 @@ def test_the_loop_stops_with_the_last_live_candidate(ends, max_tokens, steps):
     CALLS.clear()
     out = jax.block_until_ready(ending(max_tokens)(jnp.asarray(ends)))
     jax.effects_barrier()
-    assert len(CALLS) == steps
+    assert len(CALLS) == steps == int(out.steps)
     np.testing.assert_array_equal(out.completion_mask, np.arange(max_tokens) <= np.array(ends)[..., None])
 
 

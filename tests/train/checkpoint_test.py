@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+import threading
 
 import chex
 import jax
@@ -96,3 +97,37 @@ def test_other_parameters_are_refused_by_name(tmp_path):
 def test_nothing_there_is_none(tmp_path):
     assert checkpoint.latest(tmp_path / "nowhere") is None
     np.testing.assert_equal(list(tmp_path.iterdir()), [])
+
+
+def test_saver_writes_while_the_state_is_overwritten(tmp_path, monkeypatch):
+    """`save` returns before the checkpoint is whole; donating what it was given does no harm; the context awaits it."""
+    written, finish = threading.Event(), checkpoint._finish
+
+    def slow(*arguments):
+        assert written.wait(60)
+        return finish(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_finish", slow)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    tree = {"w": jnp.arange(50_000.0)}
+    with checkpoint.Saver(tmp_path, keep=1) as saver:
+        saver.save(1, tree)
+        jax.block_until_ready(overwrite(tree))
+        assert tree["w"].is_deleted()
+        assert checkpoint.latest(tmp_path) is None
+        written.set()
+        saver.save(2, {"w": jnp.ones(50_000)})  # Not before the first is whole.
+        np.testing.assert_array_equal(checkpoint.restore(tmp_path, 1, {"w": jnp.ones(50_000)})["w"], np.arange(50_000))
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
+
+
+def test_an_error_of_the_background_is_raised(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    with checkpoint.Saver(tmp_path) as saver:
+        monkeypatch.setattr(checkpoint, "_checksum", fail)
+        saver.save(1, {"w": jnp.ones(2)})
+        with pytest.raises(OSError, match="disk full"):
+            saver.wait()
+    assert checkpoint.latest(tmp_path) is None

@@ -20,17 +20,26 @@ greedy = functools.cache(
 scorer = functools.cache(make_scorer)
 
 
+@functools.cache
+def sampler_of(**options):
+    """Ragged completions: eight tokens out of 32 end one."""
+    return make_sampler(num_candidates=N, max_tokens=T, eos_id=tuple(range(3, 32, 4)), pad_id=PAD, **options)
+
+
 class Counted:
-    """Stands in for a sampler: its tokens tell key and prompt; counts its calls, and may be interrupted."""
+    """Stands in for a sampler: its tokens tell key and prompt; notes its calls, and may be interrupted."""
 
     def __init__(self, interrupt_at=None):
-        self.calls, self.interrupt_at = 0, interrupt_at
+        self.calls, self.interrupt_at, self.shapes, self.events = 0, interrupt_at, [], []
 
-    def __call__(self, key, model, prompt, prompt_mask):
+    def __call__(self, key, model, prompt, prompt_mask, index):
         self.calls += 1
+        self.shapes.append(prompt.shape)
+        self.events.append(("drawn", np.asarray(index).tolist()))
         if self.calls == self.interrupt_at:
             raise KeyboardInterrupt
-        noise = jax.random.randint(key, (len(prompt), N, T), 0, 1000)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        noise = jax.vmap(lambda key: jax.random.randint(key, (N, T), 0, 1000))(keys)
         return Decoded(
             completion=noise + 1000 * prompt[:, :1, None],
             completion_mask=noise % 2 == 0,
@@ -40,8 +49,8 @@ class Counted:
 
 
 def gather(sampler, **options):
-    options = {"batch_size": 2, "fingerprint": "a"} | options
-    return collect(jax.random.key(0), tiny_model(), PROMPTS, sampler=sampler, pad_id=PAD, **options)
+    options = {"batch_size": 2, "fingerprint": "a", "prompts": PROMPTS} | options
+    return collect(jax.random.key(0), tiny_model(), sampler=sampler, pad_id=PAD, **options)
 
 
 def test_every_prompt_once_in_order_and_a_short_last_batch():
@@ -65,10 +74,70 @@ def test_kept_batches_are_not_drawn_again(tmp_path):
     whole, first, second, third = gather(Counted()), Counted(interrupt_at=3), Counted(), Counted()
     with pytest.raises(KeyboardInterrupt):
         gather(first, directory=tmp_path / "train")
-    assert sorted(p.name for p in (tmp_path / "train").iterdir()) == ["00000.npz", "00001.npz"]
+    # The second batch was under way when the third one was begun.
+    assert sorted(p.name for p in (tmp_path / "train").iterdir()) == ["00000.npz"]
     chex.assert_trees_all_equal(gather(second, directory=tmp_path / "train"), whole)
     chex.assert_trees_all_equal(gather(third, directory=tmp_path / "train"), whole)
-    assert (second.calls, third.calls) == (1, 0)
+    assert (second.calls, third.calls) == (2, 0)
+
+
+def length_reward(events, fail_at=None):
+    def reward(rows, part):
+        events.append(("rewarded", rows.tolist()))
+        if len([e for e in events if e[0] == "rewarded"]) == fail_at:
+            raise ValueError("no reward")
+        np.testing.assert_array_equal(part.prompt[:, 0], [PROMPTS[i][0] for i in rows])
+        return part.completion_mask.sum(-1).astype(np.float32) + 100 * rows[:, None]
+
+    return reward
+
+
+def test_a_batch_is_rewarded_while_the_next_is_drawn(tmp_path):
+    sampler = Counted()
+    out = gather(sampler, reward=length_reward(sampler.events), directory=tmp_path)
+    batches_, order = ([0, 1], [2, 3], [4]), []
+    for i, rows in enumerate(batches_):
+        order += [("drawn", [*rows, *rows][:2])] + ([("rewarded", batches_[i - 1])] if i else [])
+    assert sampler.events == [*order, ("rewarded", [4])]
+    np.testing.assert_array_equal(out.reward, out.completion_mask.sum(-1) + 100 * np.arange(5)[:, None])
+    again = Counted()
+    chex.assert_trees_all_equal(gather(again, reward=length_reward(again.events), directory=tmp_path), out)
+    assert again.events == []
+
+
+def test_a_reward_that_fails_costs_no_candidate(tmp_path):
+    first, second = Counted(), Counted()
+    with pytest.raises(ValueError, match="no reward"):
+        gather(first, reward=length_reward(first.events, fail_at=2), directory=tmp_path)
+    out = gather(second, reward=length_reward(second.events), directory=tmp_path)
+    assert [rows for event, rows in second.events if event == "rewarded"] == [[2, 3], [4]]
+    assert second.calls == 1
+    chex.assert_trees_all_equal(out, gather(Counted(), reward=length_reward([])))
+
+
+def test_buckets_move_nothing_but_padding(caplog, tmp_path):
+    prompts = [[5 + i] * (20 if i % 3 == 0 else 2) for i in range(9)]
+    short, long = Counted(), Counted()
+    with caplog.at_level("INFO", logger="tiltjax.train.rollout"):
+        out = gather(short, prompts=prompts, directory=tmp_path)
+    chex.assert_trees_all_equal(out, gather(long, prompts=prompts, buckets=1))
+    assert short.shapes == [(2, 8)] * 3 + [(2, 20)] * 2
+    assert long.shapes == [(2, 20)] * 5
+    assert "9 rows in 5 batches of 2 shapes (compilations) [(8,), (20,)]; padding 44%, in one shape 64%" in caplog.text
+    with pytest.raises(ValueError, match=r"00000\.npz: made from other prompts, or cut into other batches"):
+        gather(Counted(), prompts=prompts, directory=tmp_path, buckets=1)
+
+
+def test_a_queue_draws_what_batches_draw():
+    """The real sampler: all together, and as one queue per device with no more than two candidates at a time."""
+    prompts = [[1 + (i * j) % 29 for j in range(1, 2 + 5 * i % 12)] for i in range(11)]
+    out = gather(sampler_of(), prompts=prompts, batch_size=16, buckets=1)
+    assert len(set(out.completion_mask.sum(-1).reshape(-1).tolist())) > 2
+    queue = sampler_of(slots=16, mesh=make_mesh("data:4,fsdp:2"))
+    other = gather(queue, prompts=prompts, batch_size=16, sharding=batch_sharding(make_mesh("data:4,fsdp:2")))
+    np.testing.assert_array_equal(other.completion, out.completion)
+    np.testing.assert_array_equal(other.completion_mask, out.completion_mask)
+    np.testing.assert_allclose(other.old_token_logp, out.old_token_logp, atol=1e-5)
 
 
 def test_batches_of_another_run_are_refused(tmp_path):
@@ -104,3 +173,19 @@ def test_score_all_is_the_score_of_each():
     spoilt = batches.take(candidates, [3])
     spoilt = dataclasses.replace(spoilt, completion=np.where(spoilt.completion_mask, spoilt.completion, 9))
     np.testing.assert_allclose(score_all(model, spoilt, batch_size=2, scorer=scorer()), expected[3:4], atol=1e-5)
+
+
+def test_buckets_move_no_score():
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 32, 30 if i < 2 else 3).tolist() for i in range(8)]
+    completions = [[rng.integers(1, 32, 20 if i % 4 == 0 else 2).tolist() for _ in range(N)] for i in range(8)]
+    candidates = batches.from_tokens(prompts, completions, pad_id=PAD)
+    shapes = []
+
+    def noted(model, part):
+        shapes.append((part.prompt.shape[1], part.completion.shape[2]))
+        return scorer()(model, part)
+
+    whole, cut = (score_all(tiny_model(), candidates, batch_size=4, scorer=noted, buckets=k) for k in (1, 4))
+    np.testing.assert_allclose(cut, whole, atol=1e-5)
+    assert shapes == [(30, 20)] * 2 + [(8, 8), (30, 20)]

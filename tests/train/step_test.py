@@ -40,6 +40,11 @@ def run(step, state, batch, frozen=None, steps=3):
     return jax.device_get((state, scalars))
 
 
+def fresh_state(params):
+    """One whose buffers may be donated."""
+    return jax.tree.map(jnp.copy, init_state(params, TX))
+
+
 def one_device(loss_fn, **options):
     return jax.jit(functools.partial(train_step, loss_fn=loss_fn, tx=TX, **options))
 
@@ -54,7 +59,7 @@ def test_pmapped_and_sharded_steps_equal_one_device(method):
     assert jax.device_count() == 8
     loss_fn, batch, params = METHODS[method], ragged_candidates(), tiny_model()
     expected = run(one_device(loss_fn), init_state(params, TX), batch)
-    pmapped = run(pmap_step(functools.partial(train_step, loss_fn=loss_fn, tx=TX)), init_state(params, TX), batch)
+    pmapped = run(pmap_step(functools.partial(train_step, loss_fn=loss_fn, tx=TX)), fresh_state(params), batch)
     close(pmapped, expected)
     mesh = make_mesh("data:2,fsdp:2,tensor:2")
     state = shard(init_state(params, TX), mesh)
@@ -67,7 +72,7 @@ def test_var_in_batch_spans_all_devices():
     expected = run(one_device(var_objective(beta=0.3)), init_state(params, TX), batch)
 
     mapped = functools.partial(train_step, loss_fn=var_objective(beta=0.3), tx=TX)
-    close(run(pmap_step(mapped), init_state(params, TX), batch), expected)
+    close(run(pmap_step(mapped), fresh_state(params), batch), expected)
     mesh = make_mesh("data:4,fsdp:2")
     state = shard(init_state(params, TX), mesh)
     step = sharded_step(functools.partial(train_step, loss_fn=var_objective(beta=0.3), tx=TX), state, None, mesh)

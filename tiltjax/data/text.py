@@ -210,9 +210,15 @@ def prompt_text(prompt: Text) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """16 hex digits of the sha256 of vocabulary, special ids and chat template: kept with data that was tokenised."""
+    """16 hex digits of the sha256 of all that decides which ids a text becomes: kept with data that was tokenised.
+
+    That is vocabulary, merges, normaliser and splitting, special ids and chat template.
+    """
     special = [tokenizer.bos_token_id, eos_id(tokenizer), pad_id(tokenizer)]
-    facts = [sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {} if backend is None else json.loads(backend.to_str())
+    rules = [parts.get("normalizer"), parts.get("pre_tokenizer"), parts.get("model", {}).get("merges")]
+    facts = [sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template, rules]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

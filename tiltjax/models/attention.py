@@ -27,7 +27,8 @@ class Prefix:
 
     Attributes:
       kv: Keys and values ``[B, K, S, d]``, one copy for all N.
-      mask: Which prompt positions a query sees, ``[B, 1, S]``, or ``[B, T, S]`` where a window limits it.
+      mask: Which prompt positions a query sees, ``[B, 1, S]``, or ``[B, T, S]`` where a window limits it;
+        ``[B, N, T, S]`` where candidates differ.
     """
 
     kv: KeyValue
@@ -37,7 +38,7 @@ class Prefix:
 def attention(
     query: Float[Array, "B N H T d"],
     own: KeyValue,
-    own_mask: Bool[Array, "T U"],
+    own_mask: Bool[Array, "T U"] | Bool[Array, "#B #N T U"],
     *,
     prefix: Prefix | None = None,
     dtype: Dtype = jnp.float32,
@@ -52,7 +53,8 @@ def attention(
     Args:
       query: H heads, a multiple of the K heads of the keys; consecutive queries share a key head.
       own: Keys and values of the completions themselves, ``[B, N, K, U, d]``.
-      own_mask: Which own positions each query sees; every query must see at least one.
+      own_mask: Which own positions each query sees, of every candidate alike or of each; every query must see at least
+        one.
       prefix: The shared prompt, or None (prefill, where the prompt is its own completion with N = 1).
       dtype: Operand type of the matrix products.
 
@@ -70,9 +72,10 @@ def attention(
     def dot(spec, a, b):
         return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=wide)
 
+    own_mask = own_mask if own_mask.ndim == 2 else own_mask[:, :, None, None]
     scores = [jnp.where(own_mask, dot("bnkgtd,bnkud->bnkgtu", q, own.key), -jnp.inf)]
     if prefix is not None:
-        seen = prefix.mask[:, None, None, None]
+        seen = prefix.mask[:, None, None, None] if prefix.mask.ndim == 3 else prefix.mask[:, :, None, None]
         scores.append(jnp.where(seen, dot("bnkgtd,bksd->bnkgts", q, prefix.kv.key), -jnp.inf))
     top = jnp.max(scores[0], axis=-1, keepdims=True, initial=-jnp.inf)
     for block in scores[1:]:

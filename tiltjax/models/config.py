@@ -4,9 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["FAMILIES", "TransformerConfig", "config_from_hf", "config_to_hf"]
+from tiltjax.ops.checks import check_choice
+
+__all__ = ["FAMILIES", "REMAT", "RUN_TIME", "TransformerConfig", "config_from_hf", "config_to_hf"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
+
+REMAT = ("dots", "full", "none")
+
+RUN_TIME = ("compute_dtype", "remat", "attention")
+"""Fields that say how to compute, not what: no part of a checkpoint or of a fingerprint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +45,10 @@ class TransformerConfig:
       sliding_window: How many positions back a query sees (itself included); None means all.
       tied: Whether the vocabulary projection is the embedding.
       compute_dtype: Operand type of the matrix products; sums, norms, softmax and logits are float32 or wider.
-      remat: Whether the backward pass recomputes each block from its input.
+      remat: What the backward pass recomputes of each block: "full" (all of it, from its input), "dots" (all but the
+        matrix products without a batch dimension, whose results are kept) or "none".
+      attention: "plain"; "fused", two fused calls merged by log-sum-exp; or "auto", fused on GPUs where shapes and
+        types permit (`tiltjax.models.fused.choose`). The same function, to rounding.
     """
 
     family: str = "llama"
@@ -65,9 +75,12 @@ class TransformerConfig:
     sliding_window: int | None = None
     tied: bool = True
     compute_dtype: str = "float32"
-    remat: bool = True
+    remat: str = "full"
+    attention: str = "plain"
 
     def __post_init__(self):
+        check_choice("remat", self.remat, REMAT)
+        check_choice("attention", self.attention, ("auto", "fused", "plain"))
         if self.family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {self.family!r}")
         if self.num_heads % self.num_kv_heads:
@@ -220,7 +233,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
     } | (_to_gpt2 if config.family == "gpt2" else _to_rotary)(config)
-    read = dataclasses.replace(config_from_hf(hf), compute_dtype=config.compute_dtype, remat=config.remat)
+    read = dataclasses.replace(config_from_hf(hf), **{name: getattr(config, name) for name in RUN_TIME})
     for field in dataclasses.fields(config):
         wanted, got = getattr(config, field.name), getattr(read, field.name)
         if wanted != got:

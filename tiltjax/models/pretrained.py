@@ -22,7 +22,7 @@ from jax.sharding import Sharding
 from safetensors.numpy import save_file
 
 from tiltjax.models import lora
-from tiltjax.models.config import TransformerConfig, config_from_hf, config_to_hf
+from tiltjax.models.config import RUN_TIME, TransformerConfig, config_from_hf, config_to_hf
 from tiltjax.models.families import BASE_PREFIX, Stored, TensorSource, locate, parameter_path
 from tiltjax.models.gguf import read_gguf
 from tiltjax.models.tensor_files import BUFFER, DTYPES, open_tensors, read_json, write_json
@@ -176,8 +176,7 @@ def fingerprint(model: Transformer) -> str:
       16 hexadecimal digits, to be kept with what was computed from the model (reference log-probabilities).
     """
     merged: Any = lora.merge(model)
-    config = dataclasses.asdict(model.config)
-    del config["compute_dtype"], config["remat"]
+    config = {name: value for name, value in dataclasses.asdict(model.config).items() if name not in RUN_TIME}
     leaves = {parameter_path(key): leaf for key, leaf in jax.tree_util.tree_flatten_with_path(merged)[0]}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path, rows in sorted(_digests(leaves).items()):

@@ -11,7 +11,9 @@ from flax import nnx
 
 from tiltjax.models.attention import KeyValue, Prefix, attention, causal_mask, prefix_window
 from tiltjax.models.config import TransformerConfig
+from tiltjax.models.fused import choose, fused_attention
 from tiltjax.models.layers import ACTIVATIONS, Linear, Norm, rotary, rotate
+from tiltjax.models.segments import Segments, arrange
 from tiltjax.ops.tokens import TokenStats, dot, token_logp
 from tiltjax.types import Array, Bool, Dtype, Float, Int, PRNGKey
 
@@ -25,8 +27,8 @@ class Cache:
     Attributes:
       prefix: One ``[B, K, S, d]`` per layer.
       prompt_mask: ``[B, S]``.
-      own: One ``[B, N, K, T, d]`` per layer, updated in place under `jax.jit`.
-      step: How many completion tokens it holds, scalar.
+      own: One ``[B, N, K, T, d]`` per layer, a ring of the last T tokens, updated in place under `jax.jit`.
+      step: How many tokens every candidate has appended, scalar; the next one goes to place ``step % T``.
     """
 
     prefix: tuple[KeyValue, ...]
@@ -124,6 +126,7 @@ class Transformer(nnx.Module):
         *,
         temperature: float = 1.0,
         chunk: int = 8192,
+        segments: Segments | None = None,
     ) -> TokenStats:
         """Log-probability, entropy and self-certainty of every completion token.
 
@@ -133,17 +136,23 @@ class Transformer(nnx.Module):
           completion: N right-padded completions of each prompt; what stands in the padding moves no real position.
           temperature: Softmax temperature.
           chunk: Vocabulary entries per step of `tiltjax.ops.tokens.token_logp`.
+          segments: Where several prompts stand in one row: which of them each position and completion belongs to.
 
         Returns:
           `TokenStats`, each field ``[B, N, T]``; mask the padding before use.
         """
-        hidden = self.hidden(prompt, prompt_mask, completion)
+        hidden = self.hidden(prompt, prompt_mask, completion, segments=segments)
         return token_logp(
             hidden, self.projection(), completion, temperature=temperature, chunk=chunk, dtype=self.config.compute_dtype
         )
 
     def hidden(
-        self, prompt: Int[Array, "B S"], prompt_mask: Bool[Array, "B S"], completion: Int[Array, "B N T"]
+        self,
+        prompt: Int[Array, "B S"],
+        prompt_mask: Bool[Array, "B S"],
+        completion: Int[Array, "B N T"],
+        *,
+        segments: Segments | None = None,
     ) -> Float[Array, "B N T D"]:
         """Last hidden states, each at the position that predicts the completion token of the same index.
 
@@ -151,29 +160,36 @@ class Transformer(nnx.Module):
           prompt: Right-padded prompt tokens.
           prompt_mask: True on real prompt tokens.
           completion: N right-padded completions of each prompt.
+          segments: As in `score`.
 
         Returns:
           The state after the prompt for the first token, after token ``t - 1`` for token ``t``.
         """
         c = self.config
         N, T = completion.shape[1:]
-        start = jnp.sum(prompt_mask, axis=-1)
-        own_position = start[:, None] + jnp.arange(T - 1)[None]
-        x, angles = self._embed_prompt(prompt)
-        y, own_angles = self._embed(completion[..., : T - 1], own_position[:, None])
+        place = arrange(prompt_mask, T - 1, segments=segments, window=c.sliding_window)
+        x, angles = self._embed(prompt[:, None], place.prompt_position[:, None])
+        y, own_angles = self._embed(completion[..., : T - 1], place.position)
         own_mask = causal_mask(T - 1, T - 1, window=c.sliding_window)
-        seen = prefix_window(prompt_mask, own_position, window=c.sliding_window)
+        fused = None
+        if segments is None and T > 1:
+            fused = choose(c.attention, head_dim=c.head_dim, window=c.sliding_window, dtype=c.compute_dtype)
 
         def layer(carry, block):
             x, y = carry
-            x, kv = self._prompt_layer(block, x, angles)
+            x, kv = self._prompt_layer(block, x, angles, place.prompt_sees)
             query, own = block.project(y, own_angles)
-            prefix = Prefix(kv=jax.tree.map(lambda a: a[:, 0], kv), mask=seen)
-            y = block.finish(y, attention(query, own, own_mask, prefix=prefix, dtype=c.compute_dtype))
-            return (x, y), None
+            kv = jax.tree.map(lambda a: a[:, 0], kv)
+            if fused:
+                length = place.last[:, 0] + 1
+                attended = fused_attention(query, own, kv, length, implementation=fused, dtype=c.compute_dtype)
+            else:
+                prefix = Prefix(kv=kv, mask=place.sees)
+                attended = attention(query, own, own_mask, prefix=prefix, dtype=c.compute_dtype)
+            return (x, block.finish(y, attended)), None
 
-        (x, y), _ = jax.lax.scan(jax.checkpoint(layer) if c.remat else layer, (x, y), self.blocks)
-        last = _at(x[:, 0], start - 1)[:, None, None]
+        (x, y), _ = jax.lax.scan(_REMAT[c.remat](layer), (x, y), self.blocks)
+        last = jax.vmap(lambda x, i: x[i])(x[:, 0], place.last)[:, :, None]
         states = jnp.concatenate([jnp.broadcast_to(last, (last.shape[0], N, *last.shape[2:])), y], axis=2)
         return self.norm(states)
 
@@ -202,35 +218,68 @@ class Transformer(nnx.Module):
         cache = Cache(prefix=prefix, prompt_mask=prompt_mask, own=own, step=jnp.int32(0))
         return dot(last, self.projection(), c.compute_dtype), cache
 
-    def decode_step(self, token: Int[Array, "B N"], cache: Cache) -> tuple[Float[Array, "B N V"], Cache]:
+    def refill(
+        self, cache: Cache, row: Int[Array, "R"], prompt: Int[Array, "R S"], prompt_mask: Bool[Array, "R S"]
+    ) -> tuple[Float[Array, "R V"], Cache]:
+        """Runs R new prompts once and puts them in the place of others; the caller counts their candidates from 0.
+
+        Args:
+          cache: From `prefill`, of prompts of the same padded length.
+          row: Which of its B prompts to replace, each at most once; B or more replaces nothing.
+          prompt: Right-padded prompt tokens.
+          prompt_mask: True on real prompt tokens.
+
+        Returns:
+          Logits of the first completion token, and the cache for `decode_step` with ``length``.
+        """
+        logits, new = self.prefill(prompt, prompt_mask, num_candidates=1, max_tokens=0)
+        old = (cache.prefix, cache.prompt_mask)
+        put = functools.partial(jax.tree.map, lambda a, b: a.at[row].set(b, mode="drop"))
+        prefix, mask = put(old, (new.prefix, new.prompt_mask))
+        return logits, dataclasses.replace(cache, prefix=prefix, prompt_mask=mask)
+
+    def decode_step(
+        self, token: Int[Array, "B N"], cache: Cache, length: Int[Array, "B N"] | None = None
+    ) -> tuple[Float[Array, "B N V"], Cache]:
         """Appends one token to every completion.
 
         In a loop, call it on `unstacked`: slicing a layer out of the stack costs more than computing it.
 
+        Candidates that began at different steps share the place that is written: rotated keys know their position, so
+        the order in which a ring holds them does not matter, and ``length`` says how many of the last ones are theirs.
+
         Args:
           token: The token that was just chosen.
           cache: From `prefill` or an earlier step.
+          length: How many tokens of its completion each candidate has appended before this one, less than T; None
+            where all began with the cache.
 
         Returns:
           Logits of the next token, and the advanced cache.
         """
         c = self.config
-        t = cache.step
-        position = (jnp.sum(cache.prompt_mask, axis=-1) + t)[:, None]
-        y, angles = self._embed(token[..., None], position[:, None])
-        keys = jnp.arange(cache.own[0].key.shape[-2])[None]
-        own_mask = keys <= t if c.sliding_window is None else (keys <= t) & (t - keys < c.sliding_window)
+        t = cache.step if length is None else length
+        position = jnp.sum(cache.prompt_mask, axis=-1)[:, None] + t
+        y, angles = self._embed(token[..., None], position[..., None])
+        places = cache.own[0].key.shape[-2]
+        place = cache.step % places
+        age = ((place - jnp.arange(places)) % places).reshape((1,) * (t.ndim + 1) + (-1,))
+        own_mask = age <= t[..., None, None]
+        if c.sliding_window is not None:
+            own_mask &= age < c.sliding_window
         seen = prefix_window(cache.prompt_mask, position, window=c.sliding_window)
+        if t.ndim and c.sliding_window is not None:
+            seen = seen[:, :, None]
         filled = []
         for block, prefix, own in zip(self.unstacked().blocks, cache.prefix, cache.own, strict=True):
             query, new = block.project(y, angles)
-            own = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, t, axis=-2), own, new)
+            own = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, place, axis=-2), own, new)
             attended = attention(query, own, own_mask, prefix=Prefix(kv=prefix, mask=seen), dtype=c.compute_dtype)
             y = block.finish(y, attended)
             filled.append(own)
         state = self.norm(y[:, :, 0])
         logits = dot(state.reshape(-1, state.shape[-1]), self.projection(), c.compute_dtype)
-        return logits.reshape(*token.shape, -1), dataclasses.replace(cache, own=tuple(filled), step=t + 1)
+        return logits.reshape(*token.shape, -1), dataclasses.replace(cache, own=tuple(filled), step=cache.step + 1)
 
     def projection(self) -> Float[Array, "V D"]:
         """The vocabulary projection: the head, or the embedding it is tied to."""
@@ -253,10 +302,17 @@ class Transformer(nnx.Module):
         model.blocks = nnx.List([jax.tree.map(lambda x: x[i], self.blocks) for i in layers])  # noqa: B023
         return model
 
-    def _prompt_layer(self, block, x, angles):
+    def _prompt_layer(self, block, x, angles, sees=None):
+        c = self.config
         query, kv = block.project(x, angles)
-        mask = causal_mask(x.shape[2], x.shape[2], window=self.config.sliding_window)
-        return block.finish(x, attention(query, kv, mask, dtype=self.config.compute_dtype)), kv
+        fused = None
+        if sees is None:
+            fused = choose(c.attention, head_dim=c.head_dim, window=c.sliding_window, dtype=c.compute_dtype)
+        if fused:
+            return block.finish(x, fused_attention(query, kv, implementation=fused, dtype=c.compute_dtype)), kv
+        mask = causal_mask(x.shape[2], x.shape[2], window=c.sliding_window)
+        mask = mask if sees is None else mask[None, None] & sees
+        return block.finish(x, attention(query, kv, mask, dtype=c.compute_dtype)), kv
 
     def _embed_prompt(self, prompt):
         return self._embed(prompt[:, None], jnp.arange(prompt.shape[1])[None, None])
@@ -272,6 +328,12 @@ class Transformer(nnx.Module):
         cos, sin = rotary(position, dim=c.rotary_dim, theta=c.rope_theta, scaling=c.rope_scaling)
         return x, (cos[:, :, None], sin[:, :, None])
 
+
+_REMAT: dict[str, Any] = {
+    "none": lambda layer: layer,
+    "full": jax.checkpoint,
+    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
 
 _MATRICES = frozenset({"kernel", "embedding", "head", "lora_a", "lora_b"})
 

@@ -1,5 +1,6 @@
 """Autoregressive decoding: N candidates of every prompt from a model that enters as a callable."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 
 from tiltjax.ops.checks import check_at_least, check_fraction
 from tiltjax.samplers.logits import categorical, greedy, processed
-from tiltjax.types import Array, Bool, Float, Int, PRNGKey
+from tiltjax.types import Array, Bool, Float, Int, Key
 
-__all__ = ["Decoded", "decode"]
+__all__ = ["Decoded", "Drawn", "candidate_keys", "decode", "draw"]
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -24,16 +25,73 @@ class Decoded:
       token_logp: Log-probability under the model at temperature 1, nats, ``[B, N, T]``; 0 on padding.
       sampled_token_logp: Log-probability under the distribution that was drawn from (temperature, top-k, top-p
         applied), nats, ``[B, N, T]``; 0 on padding.
+      steps: How often the model was run on all slots after the prompts, one number per independent loop; None where
+        nobody counted.
     """
 
     completion: Int[Array, "..."]
     completion_mask: Bool[Array, "..."]
     token_logp: Float[Array, "..."]
     sampled_token_logp: Float[Array, "..."]
+    steps: Int[Array, "..."] | None = None
+
+
+Drawn = tuple[Int[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch"]]
+"""A token, its log-probability at temperature 1, and that under the distribution that it was drawn from."""
+
+
+def candidate_keys(key: Key[Array, "*prompts"], B: int, N: int) -> Key[Array, "B N"]:
+    """One key per candidate, that of prompt i and candidate j alone: ``fold_in(fold_in(key, i), j)``.
+
+    Args:
+      key: One key for all prompts, or ``[B]``, what ``fold_in(key, i)`` would be for each.
+      B: Number of prompts.
+      N: Candidates of each.
+
+    Returns:
+      Typed keys ``[B, N]``; the token at step t is drawn with ``fold_in(..., t)``.
+    """
+    each = jax.vmap(jax.random.fold_in, (None, 0))
+    prompts = key if key.ndim else each(key, jnp.arange(B))
+    return jax.vmap(each, (0, None))(prompts, jnp.arange(N))
+
+
+def draw(
+    key: Key[Array, "*keys"],
+    t: Int[Array, "*steps"],
+    logits: Float[Array, "*batch V"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Drawn:
+    """Draws the token at step t of every candidate, from its own key.
+
+    Args:
+      key: One per candidate, `candidate_keys`.
+      t: How many tokens each candidate has, or one number for all.
+      logits: Of the next token.
+      temperature: Softmax temperature; 0 is greedy.
+      top_k: Keep the k most probable tokens.
+      top_p: Keep the smallest set of tokens of this probability.
+
+    Returns:
+      Token, log-probability and log-probability as drawn, each ``[*batch]``; the last is 0 for a greedy token.
+    """
+    plain = jax.nn.log_softmax(logits)
+    if temperature == 0:
+        token = greedy(plain)
+        return token, _pick(plain, token), jnp.zeros(token.shape, plain.dtype)
+    shaped = processed(logits, temperature=temperature, k=top_k, p=top_p)
+    token = categorical(jnp.vectorize(jax.random.fold_in)(key, t), shaped)
+    if temperature == 1 and top_k is None and top_p is None:
+        logp = _pick(plain, token)
+        return token, logp, logp
+    return token, _pick(plain, token), _pick(jax.nn.log_softmax(shaped), token)
 
 
 def decode(
-    key: PRNGKey,
+    key: Key[Array, "*prompts"],
     logits: Float[Array, "B V"],
     cache: Any,
     step: Callable[[Int[Array, "B N"], Any], tuple[Float[Array, "B N V"], Any]],
@@ -53,7 +111,8 @@ def decode(
     The prompt's logits are given once and shared by its N candidates. The loop stops at the last live candidate.
 
     Args:
-      key: Typed key; the token at step t is drawn with ``fold_in(key, t)``.
+      key: Typed key, or one per prompt ``[B]``: see `candidate_keys`. A token depends on the key of its prompt, its
+        candidate and its step alone, whatever else is decoded beside it.
       logits: Of the first completion token, from the prefill.
       cache: Whatever ``step`` needs.
       step: ``(token, cache) -> (logits, cache)`` of the next token; `tiltjax.models.Transformer.decode_step` is one.
@@ -79,17 +138,8 @@ def decode(
     B, N, T = logits.shape[0], num_candidates, max_tokens
     stops = jnp.asarray(eos_id).reshape(-1)
 
-    def draw(t, logits):
-        plain = jax.nn.log_softmax(logits)
-        if temperature == 0:
-            token = greedy(plain)
-            return token, _pick(plain, token), jnp.zeros(token.shape, plain.dtype)
-        shaped = processed(logits, temperature=temperature, k=top_k, p=top_p)
-        token = categorical(jax.random.fold_in(key, t), shaped)
-        if temperature == 1 and top_k is None and top_p is None:
-            logp = _pick(plain, token)
-            return token, logp, logp
-        return token, _pick(plain, token), _pick(jax.nn.log_softmax(shaped), token)
+    keys = candidate_keys(key, B, N)
+    pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def put(out, t, drawn, done):
         fields = zip(out, (*drawn, ~done), (pad_id, 0.0, 0.0, False), strict=True)
@@ -102,11 +152,11 @@ def decode(
     def advance(carry):
         t, done, token, cache, out = carry
         logits, cache = step(token, cache)
-        drawn = draw(t, logits)
+        drawn = pick(keys, t, logits)
         out = put(out, t, drawn, done)
         return t + 1, done | jnp.isin(drawn[0], stops), drawn[0], cache, out
 
-    drawn = draw(0, jnp.broadcast_to(logits[:, None], (B, N, logits.shape[-1])))
+    drawn = pick(keys, jnp.int32(0), jnp.broadcast_to(logits[:, None], (B, N, logits.shape[-1])))
     out = (
         jnp.full((B, N, T), pad_id, drawn[0].dtype),
         jnp.zeros((B, N, T), drawn[1].dtype),
@@ -115,8 +165,8 @@ def decode(
     )
     out = put(out, 0, drawn, jnp.zeros((B, N), bool))
     carry = (jnp.int32(1), jnp.isin(drawn[0], stops), drawn[0], cache, out)
-    token, logp, sampled, mask = jax.lax.while_loop(live, advance, carry)[-1]
-    return Decoded(completion=token, completion_mask=mask, token_logp=logp, sampled_token_logp=sampled)
+    t, *_, (token, logp, sampled, mask) = jax.lax.while_loop(live, advance, carry)
+    return Decoded(completion=token, completion_mask=mask, token_logp=logp, sampled_token_logp=sampled, steps=t - 1)
 
 
 def _pick(logp: Array, token: Array) -> Array:

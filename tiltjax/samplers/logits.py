@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tiltjax.ops.checks import check_at_least, check_fraction, check_positive
 from tiltjax.ops.masked import as_float
 from tiltjax.samplers.resample import inverse_cdf
-from tiltjax.types import Array, Float, Int, Numeric, PRNGKey
+from tiltjax.types import Array, Float, Int, Key, Numeric
 
 __all__ = ["categorical", "greedy", "min_p", "processed", "temper", "top_k", "top_p"]
 
@@ -159,7 +159,7 @@ def greedy(logits: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def categorical(key: PRNGKey, logits: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:
+def categorical(key: Key[Array, "*keys"], logits: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:
     r"""Draws one token per row with probability ``softmax(logits)``, from two uniforms per row.
 
     .. math:: P(\text{token}) = P(\text{block}) \, P(\text{token} \mid \text{block})
@@ -169,7 +169,7 @@ def categorical(key: PRNGKey, logits: Float[Array, "*batch V"]) -> Int[Array, "*
     Gumbel-max needs a random number and two logarithms per logit.
 
     Args:
-      key: Consumed.
+      key: Consumed: one key, or one per row ``[*batch]``, where each row's draw depends on its own key only.
       logits: Unnormalised log-probabilities, nats; finite or -inf.
 
     Returns:
@@ -181,15 +181,19 @@ def categorical(key: PRNGKey, logits: Float[Array, "*batch V"]) -> Int[Array, "*
     """
     mass = _masses(as_float(logits))
     batch, V = mass.shape[:-1], mass.shape[-1]
-    block_key, token_key = jax.random.split(key)
+    if key.ndim:
+        uniform = jnp.vectorize(lambda k: jax.random.uniform(k, (2,), mass.dtype), signature="()->(u)")(key)
+        for_block, for_token = uniform[..., :1], uniform[..., 1:]
+    else:
+        for_block, for_token = (jax.random.uniform(k, (*batch, 1), mass.dtype) for k in jax.random.split(key))
     whole = V - V % _BLOCK
     # The rest is a block of its own: padding the vocabulary would cost more than the draw.
     blocks = jnp.sum(mass[..., :whole].reshape(*batch, -1, _BLOCK), axis=-1)
     blocks = jnp.concatenate([blocks, jnp.sum(mass[..., whole:], axis=-1, keepdims=True)], axis=-1)
-    block = inverse_cdf(blocks, jax.random.uniform(block_key, (*batch, 1), mass.dtype))
+    block = inverse_cdf(blocks, for_block)
     place = block * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32).reshape((1,) * len(batch) + (-1,))
     inside = jnp.where(place < V, jnp.take_along_axis(mass, jnp.minimum(place, V - 1), axis=-1), 0)
-    token = inverse_cdf(inside, jax.random.uniform(token_key, (*batch, 1), mass.dtype))
+    token = inverse_cdf(inside, for_token)
     return (block * _BLOCK + token)[..., 0]
 
 

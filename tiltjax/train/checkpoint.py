@@ -1,19 +1,25 @@
 """Orbax checkpoints that are either whole or ignored."""
 
+import functools
 import json
 import logging
 import os
 import pathlib
 import shutil
 import zlib
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tiltjax.train import distributed
 from tiltjax.types import PyTree
 
-__all__ = ["latest", "restore", "save"]
+__all__ = ["Saver", "latest", "restore", "save"]
 
 _MANIFEST = "manifest.json"
 _LOG = logging.getLogger(__name__)
@@ -23,7 +29,8 @@ def save(directory: str | os.PathLike, step: int, tree: PyTree, *, keep: int = 2
     """Writes a checkpoint, and takes it into account only when it is whole.
 
     Arrays go into a temporary folder through Orbax; a manifest with the size and checksum of every file is added, and
-    the folder gets its name ``<directory>/<step>`` by one rename.
+    the folder gets its name ``<directory>/<step>`` by one rename. With several hosts all of them call this, on a
+    directory that all of them see; each writes its own parts of the arrays.
 
     Args:
       directory: Of all checkpoints of a run.
@@ -34,19 +41,48 @@ def save(directory: str | os.PathLike, step: int, tree: PyTree, *, keep: int = 2
     Returns:
       The folder of this checkpoint.
     """
-    root = pathlib.Path(directory).absolute()
-    part, final = root / f".part-{step}", root / str(step)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(part / "state", _flat(tree))
-    files = {str(p.relative_to(part)): [p.stat().st_size, _checksum(p)] for p in _files(part)}
-    (part / _MANIFEST).write_text(json.dumps({"step": step, "files": files}))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    for old in _steps(root)[:-keep]:
-        shutil.rmtree(root / str(old), ignore_errors=True)
-    return final
+    return _finish(_begin(pathlib.Path(directory).absolute(), step, tree), keep)
+
+
+class Saver:
+    """Checkpoints that are written while the steps go on; use it as a context, which ends when the last is whole.
+
+    What `save` is given may be donated as soon as it returns. With several hosts a checkpoint gets its name when the
+    next one begins or the context ends, so that hosts meet at the same place of the program.
+
+    Args:
+      directory: Of all checkpoints of a run.
+      keep: How many of the newest checkpoints stay.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
+        self._root, self._keep = pathlib.Path(directory).absolute(), keep
+        self._thread = futures.ThreadPoolExecutor(1)
+        self._pending: Callable[[], pathlib.Path] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is None or jax.process_count() == 1:  # After an error the other hosts may never come.
+                self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def save(self, step: int, tree: PyTree) -> None:
+        """Begins a checkpoint, after the one before it is whole; see the function `save`."""
+        self.wait()
+        # The arrays of a CPU are read where they lie, and the next step may overwrite them.
+        begun = _begin(self._root, step, jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree)
+        finish = functools.partial(_finish, begun, self._keep)
+        self._pending = self._thread.submit(finish).result if jax.process_count() == 1 else finish
+
+    def wait(self) -> None:
+        """Waits until the checkpoint that was begun last is whole; its errors are raised here."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()
 
 
 def latest(directory: str | os.PathLike) -> int | None:
@@ -56,17 +92,10 @@ def latest(directory: str | os.PathLike) -> int | None:
       directory: Of all checkpoints of a run; need not exist.
 
     Returns:
-      The step, or None where there is no whole checkpoint.
+      The step, or None where there is no whole checkpoint; with several hosts, as process 0 sees it.
     """
-    root = pathlib.Path(directory).absolute()
-    for part in sorted(root.glob(".part-*")):
-        _LOG.warning("%s: checkpoint was cut off while it was written; ignored", part)
-    for step in reversed(_steps(root)):
-        fault = _fault(root / str(step))
-        if fault is None:
-            return step
-        _LOG.warning("%s: checkpoint is not whole (%s); ignored", root / str(step), fault)
-    return None
+    step = distributed.agree(_latest(pathlib.Path(directory).absolute()) if distributed.is_main() else -1)
+    return None if step < 0 else step
 
 
 def restore(directory: str | os.PathLike, step: int, like: PyTree) -> PyTree:
@@ -84,7 +113,10 @@ def restore(directory: str | os.PathLike, step: int, like: PyTree) -> PyTree:
       ValueError: If the checkpoint lacks a parameter of ``like``, or has it in another shape.
     """
     folder = pathlib.Path(directory).absolute() / str(step) / "state"
-    wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in _flat(like).items()}
+    # With several hosts Orbax reads global arrays only; what belongs to one host (pmap) is read whole and put there.
+    targets = _flat(like)
+    places = {name: distributed.global_sharding(leaf.sharding) for name, leaf in targets.items()}
+    wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=places[k]) for k, v in targets.items()}
     with ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.metadata(folder).item_metadata.tree
         for name, leaf in wanted.items():
@@ -92,7 +124,51 @@ def restore(directory: str | os.PathLike, step: int, like: PyTree) -> PyTree:
             if found != leaf.shape:
                 raise ValueError(f"{folder}: {name} should have shape {leaf.shape}, the checkpoint has {found}")
         values = checkpointer.restore(folder, wanted)
+    for name, leaf in targets.items():
+        if places[name] != leaf.sharding:
+            values[name] = jax.device_put(np.asarray(values[name]), leaf.sharding)
     return jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in wanted])
+
+
+def _begin(root: pathlib.Path, step: int, tree: PyTree) -> tuple[ocp.StandardCheckpointer, pathlib.Path, int]:
+    """Copies the arrays to the host and begins to write them."""
+    part = root / f".part-{step}"
+    if distributed.is_main():
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    distributed.barrier(f"checkpoint {step} begins")
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(part / "state", distributed.replicate(_flat(tree)))
+    return checkpointer, part, step
+
+
+def _finish(begun: tuple[ocp.StandardCheckpointer, pathlib.Path, int], keep: int) -> pathlib.Path:
+    """Waits until all is written, then lets the checkpoint count."""
+    checkpointer, part, step = begun
+    with checkpointer:
+        checkpointer.wait_until_finished()
+    root, final = part.parent, part.parent / str(step)
+    distributed.barrier(f"checkpoint {step} written")
+    if distributed.is_main():
+        files = {str(p.relative_to(part)): [p.stat().st_size, _checksum(p)] for p in _files(part)}
+        (part / _MANIFEST).write_text(json.dumps({"step": step, "files": files}))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+        for old in _steps(root)[:-keep]:
+            shutil.rmtree(root / str(old), ignore_errors=True)
+    distributed.barrier(f"checkpoint {step} named")
+    return final
+
+
+def _latest(root: pathlib.Path) -> int:
+    for part in sorted(root.glob(".part-*")):
+        _LOG.warning("%s: checkpoint was cut off while it was written; ignored", part)
+    for step in reversed(_steps(root)):
+        fault = _fault(root / str(step))
+        if fault is None:
+            return step
+        _LOG.warning("%s: checkpoint is not whole (%s); ignored", root / str(step), fault)
+    return -1
 
 
 def _flat(tree: PyTree) -> dict:

@@ -1,10 +1,45 @@
 """What this machine computes fast."""
 
+import os
 import pathlib
+from typing import Any, cast
 
 import jax
 
-__all__ = ["fast_dtype"]
+from tiltjax.train.config import field
+
+__all__ = ["CACHE", "compilation_cache", "compilation_cache_field", "fast_dtype"]
+
+CACHE = "~/.cache/tiltjax"
+"""Where compiled programs are kept from run to run."""
+
+
+def compilation_cache_field() -> Any:
+    """The field of an experiment's configuration whose value `compilation_cache` takes."""
+    return field(CACHE, "Directory where compiled programs are kept from run to run; empty keeps none.")
+
+
+def compilation_cache(directory: str = CACHE) -> str | None:
+    """Keeps what is compiled from now on, and takes from there what was compiled before.
+
+    Args:
+      directory: Need not exist; empty turns it off. One that JAX was told before (``JAX_COMPILATION_CACHE_DIR``) stays.
+
+    Returns:
+      The directory in use, None where there is none or it cannot be written.
+    """
+    told = cast(Any, jax.config).jax_compilation_cache_dir
+    if told or not directory:
+        return told or None
+    path = pathlib.Path(directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(path, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    return str(path)
 
 
 def fast_dtype() -> str:

@@ -1,23 +1,33 @@
 """Sampling and scoring over many prompts: host loops around two jitted functions, resumable batch by batch."""
 
+import dataclasses
+import functools
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
 from tiltjax.data import candidates as batches
+from tiltjax.data.buckets import Batch, batches_of, padding_waste
 from tiltjax.data.candidates import Candidates
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.tokens import sequence_logp
+from tiltjax.samplers.continuous import decode_queue, grid_of
 from tiltjax.samplers.decode import Decoded, decode
+from tiltjax.train import distributed
+from tiltjax.train.sharding import BATCH
 from tiltjax.types import Array, Bool, Float, Int, PRNGKey
 
 __all__ = ["collect", "make_sampler", "make_scorer", "score_all"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def make_sampler(
@@ -29,8 +39,13 @@ def make_sampler(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> Callable[[PRNGKey, Transformer, Array, Array], Decoded]:
+    slots: int | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[..., Decoded]:
     """The jitted sampler: prefill once per prompt, then N candidates that share its keys and values.
+
+    A prompt's completions depend on the key, its index and the model alone; with ``slots`` or without, they are the
+    same.
 
     Args:
       num_candidates: N.
@@ -40,28 +55,57 @@ def make_sampler(
       temperature: Softmax temperature; 0 is greedy.
       top_k: See `tiltjax.samplers.logits`.
       top_p: Likewise.
+      slots: Candidates at a time: the B prompts of a call are a queue, and a finished candidate makes room for the next
+        one (`tiltjax.samplers.continuous`). None decodes all of them together, to the end of the last.
+      mesh: With ``slots``: every device along ``data`` and ``fsdp`` works on its own share of the queue and of the
+        slots, with whole parameters, and waits for no other. Devices that share a layer (``tensor`` above 1) must go in
+        step: there all candidates are decoded together.
 
     Returns:
-      ``(key, model, prompt [B, S], prompt_mask [B, S]) -> Decoded``.
+      ``(key, model, prompt [B, S], prompt_mask [B, S], index [B] = 0 .. B - 1) -> Decoded``: prompt i draws with
+      ``fold_in(key, index[i])``.
     """
+    options: dict[str, Any] = {"num_candidates": num_candidates, "max_tokens": max_tokens, "eos_id": eos_id}
+    options |= {"pad_id": pad_id, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    places = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        slots = None
+
+    def together(keys, model, prompt, prompt_mask):
+        logits, cache = model.prefill(prompt, prompt_mask, num_candidates=num_candidates, max_tokens=max_tokens)
+        return decode(keys, logits, cache, model.unstacked().decode_step, **options)
+
+    def queued(keys, model, prompt, prompt_mask):
+        assert slots is not None
+        groups, width = grid_of(max(1, slots // places), len(prompt), num_candidates)
+        prefill = functools.partial(model.prefill, num_candidates=width, max_tokens=max_tokens)
+        step = model.unstacked().decode_step
+        grid = {"groups": groups, "slots": width}
+        out = decode_queue(keys, prompt, prompt_mask, prefill, model.refill, step, **grid, **options)
+        return dataclasses.replace(out, steps=jnp.asarray(out.steps)[None])
+
+    run = together if slots is None else queued
+    if slots is not None and places > 1:
+        run = jax.shard_map(
+            queued,
+            mesh=mesh,
+            in_specs=(BATCH, PartitionSpec(), BATCH, BATCH),
+            out_specs=BATCH,
+            axis_names={"data", "fsdp"},
+            check_vma=False,
+        )
 
     @jax.jit
-    def sampler(key: PRNGKey, model: Transformer, prompt: Int[Array, "B S"], prompt_mask: Bool[Array, "B S"]):
-        model = model.cast(model.config.compute_dtype)
-        logits, cache = model.prefill(prompt, prompt_mask, num_candidates=num_candidates, max_tokens=max_tokens)
-        return decode(
-            key,
-            logits,
-            cache,
-            model.unstacked().decode_step,
-            num_candidates=num_candidates,
-            max_tokens=max_tokens,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
+    def sampler(
+        key: PRNGKey,
+        model: Transformer,
+        prompt: Int[Array, "B S"],
+        prompt_mask: Bool[Array, "B S"],
+        index: Int[Array, "B"] | None = None,
+    ) -> Decoded:
+        index = jnp.arange(len(prompt)) if index is None else index
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        return run(keys, model.cast(model.config.compute_dtype), prompt, prompt_mask)
 
     return sampler
 
@@ -85,15 +129,19 @@ def collect(
     sampler: Callable[..., Decoded],
     pad_id: int,
     batch_size: int,
+    reward: Callable[[Int[np.ndarray, "b"], Candidates], Float[np.ndarray, "b N"]] | None = None,
+    buckets: int = 4,
     sharding: Sharding | None = None,
     directory: str | os.PathLike | None = None,
     fingerprint: str | None = None,
     description: str = "sample",
 ) -> Candidates:
-    """Draws N candidates of every prompt.
+    """Draws N candidates of every prompt, and rewards one batch on the host while the next one is drawn.
 
-    Prompts go through in batches of one shape; batch i uses ``fold_in(key, i)``. With a ``directory`` every finished
-    batch is kept there and taken from there next time, so a killed run samples nothing twice.
+    Prompt i draws with ``fold_in(key, i)``, whatever batch it is in. With a ``directory`` every finished batch is kept
+    there and taken from there next time: a killed run loses no more than the two batches that are under way. With
+    several hosts all of them call this: each puts its own prompts on its devices, process 0 keeps the batches, and
+    every host returns them all.
 
     Args:
       key: Typed key, consumed.
@@ -102,43 +150,72 @@ def collect(
       sampler: From `make_sampler`.
       pad_id: Fills short prompts.
       batch_size: Prompts at a time.
+      reward: ``(places of b prompts, their candidates) -> [b, N]``, on the host; None leaves the reward out.
+      buckets: Most lengths that prompts are padded to, each a compilation; 1 pads all to the longest.
       sharding: Where a batch of prompts goes; None leaves it on the default device.
       directory: Where batches are kept.
       fingerprint: Of tokenizer, policy and settings: a kept batch of another one is refused.
       description: Of the progress bar.
 
     Returns:
-      `Candidates` of NumPy arrays, with ``old_token_logp`` at temperature 1.
+      `Candidates` of NumPy arrays in the order of the prompts, with ``old_token_logp`` at temperature 1.
+
+    Raises:
+      ValueError: If a kept batch is damaged, of another fingerprint or of other prompts.
     """
     tokens, mask = batches.pad(prompts, pad_id=pad_id)
     folder = None if directory is None else pathlib.Path(directory)
-    if folder is not None:
+    writes = distributed.is_main()
+    if folder is not None and writes:
         folder.mkdir(parents=True, exist_ok=True)
+    lengths = mask.sum(axis=1, keepdims=True)
+    plan = batches_of(lengths, (tokens.shape[1],), batch_size=batch_size, most=buckets)
+    _report(description, lengths, plan, (tokens.shape[1],))
+    mine = distributed.host_rows(sharding, batch_size)
+
+    paths = [pathlib.Path(folder or "") / f"{i:05d}.npz" for i in range(len(plan))]
+    # Settled before anything is drawn: asked later, the hosts would answer behind the batch that is under way.
+    kept = {path for path in paths if folder is not None and distributed.agree(path.exists())}
+
+    def start(i: int) -> Candidates | Decoded:
+        """What is kept; else the arrays that the devices are going to fill."""
+        rows, real, (width,) = plan[i].rows, plan[i].real, plan[i].lengths
+        if paths[i] in kept:
+            part = batches.load(paths[i], fingerprint=fingerprint)
+            if not np.array_equal(part.prompt, tokens[rows[:real]]):
+                raise ValueError(f"{paths[i]}: made from other prompts, or cut into other batches")
+            return part
+        drawing = mask[rows] & (np.arange(batch_size) < real)[:, None]  # Prompts that fill up draw nothing.
+        here = (tokens[rows[mine], :width], drawing[mine, :width], rows[mine].astype(np.int32))
+        return _whole(sampler(key, model, *distributed.global_batch(here, sharding, batch_size)), sharding)
+
+    def finish(i: int, part: Candidates | Decoded) -> Candidates:
+        rows = plan[i].rows[: plan[i].real]
+
+        def keep(part: Candidates) -> Candidates:
+            if folder is not None and writes:
+                batches.save(paths[i], part, fingerprint=fingerprint)
+            return part
+
+        if isinstance(part, Decoded):
+            drawn = distributed.fetch(dataclasses.replace(part, steps=None))
+            drawn = {
+                name: getattr(drawn, name)[: len(rows)] for name in ("completion", "completion_mask", "token_logp")
+            }
+            drawn["old_token_logp"] = drawn.pop("token_logp")
+            # Kept before it is rewarded: a reward that fails costs no candidate.
+            part = keep(Candidates(prompt=tokens[rows], prompt_mask=mask[rows], **drawn))
+        if reward is not None and part.reward is None:
+            part = keep(dataclasses.replace(part, reward=reward(rows, part)))
+        return part
+
     parts = []
-    starts = range(0, len(tokens), batch_size)
-    with tqdm(total=len(tokens), desc=description, unit="prompt") as bar:
-        for i, start in enumerate(starts):
-            rows = np.arange(start, start + batch_size) % len(tokens)  # A short last batch is filled up, then cut.
-            real = min(batch_size, len(tokens) - start)
-            path = None if folder is None else folder / f"{i:05d}.npz"
-            if path is not None and path.exists():
-                part = batches.load(path, fingerprint=fingerprint)
-            else:
-                prompt, prompt_mask = jax.device_put((tokens[rows], mask[rows]), sharding)
-                drawn = jax.device_get(sampler(jax.random.fold_in(key, i), model, prompt, prompt_mask))
-                part = Candidates(
-                    prompt=tokens[rows],
-                    prompt_mask=mask[rows],
-                    completion=drawn.completion,
-                    completion_mask=drawn.completion_mask,
-                    old_token_logp=drawn.token_logp,
-                )
-                part = batches.take(part, slice(0, real))
-                if path is not None:
-                    batches.save(path, part, fingerprint=fingerprint)
+    with tqdm(total=len(tokens), desc=description, unit="prompt", disable=not writes) as bar:
+        for i, part in _overlapped(range(len(plan)), start, finish):
             parts.append(part)
-            bar.update(real)
-    return batches.concatenate(parts)
+            bar.update(plan[i].real)
+    order = np.concatenate([batch.rows[: batch.real] for batch in plan])
+    return batches.take(batches.concatenate(parts), np.argsort(order))
 
 
 def score_all(
@@ -147,6 +224,7 @@ def score_all(
     *,
     batch_size: int,
     scorer: Callable[[Transformer, Candidates], Float[Array, "B N"]] | None = None,
+    buckets: int = 4,
     sharding: Sharding | None = None,
     description: str = "score",
 ) -> Float[Array, "B N"]:
@@ -157,6 +235,8 @@ def score_all(
       candidates: B prompts with N completions each.
       batch_size: Prompts at a time.
       scorer: From `make_scorer`, to share its compilation between calls.
+      buckets: Most shapes (prompt length by completion length) that batches are padded to, each a compilation; 1 leaves
+        the arrays as wide as they are.
       sharding: Where a batch goes.
       description: Of the progress bar.
 
@@ -165,11 +245,58 @@ def score_all(
     """
     scorer = scorer or make_scorer()
     bare = Candidates(**{f: getattr(candidates, f) for f in ("prompt", "prompt_mask", "completion", "completion_mask")})
-    total, out = len(bare.prompt), []
-    with tqdm(total=total, desc=description, unit="prompt") as bar:
-        for start in range(0, total, batch_size):
-            part = batches.take(bare, np.arange(start, start + batch_size) % total)
-            real = min(batch_size, total - start)
-            out.append(np.asarray(jnp.asarray(scorer(model, jax.device_put(part, sharding))))[:real])
-            bar.update(real)
-    return np.concatenate(out)
+    ends = bare.completion_mask.sum(axis=-1).max(axis=-1)
+    lengths = np.stack([np.asarray(bare.prompt_mask).sum(axis=-1), np.asarray(ends)], axis=1)
+    widths = (bare.prompt.shape[-1], bare.completion.shape[-1])
+    plan = batches_of(lengths, widths, batch_size=batch_size, most=buckets)
+    _report(description, lengths, plan, widths)
+    mine = distributed.host_rows(sharding, batch_size)
+
+    def start(batch: Batch) -> Array:
+        part = _trim(batches.take(bare, batch.rows[mine]), *batch.lengths)
+        return scorer(model, distributed.global_batch(part, sharding, batch_size))
+
+    out = np.zeros(bare.completion.shape[:2], np.float32)
+    with tqdm(total=len(lengths), desc=description, unit="prompt", disable=not distributed.is_main()) as bar:
+        for batch, logp in _overlapped(plan, start, lambda _, logp: distributed.fetch(logp)):
+            out[batch.rows[: batch.real]] = logp[: batch.real]
+            bar.update(batch.real)
+    return out
+
+
+def _overlapped(work: Iterable[Any], start: Callable[[Any], Any], finish: Callable[[Any, Any], Any]) -> Iterator[tuple]:
+    """``(x, finish(x, start(x)))`` of every x in turn; the next x is started before the last one is finished."""
+    begun: list[tuple] = []
+    for x in work:
+        begun.append((x, start(x)))  # Dispatched, not awaited.
+        if len(begun) > 1:
+            first, value = begun.pop(0)
+            yield first, finish(first, value)
+    for x, value in begun:
+        yield x, finish(x, value)
+
+
+def _trim(part: Candidates, S: int, T: int) -> Candidates:
+    return Candidates(
+        prompt=part.prompt[:, :S],
+        prompt_mask=part.prompt_mask[:, :S],
+        completion=part.completion[..., :T],
+        completion_mask=part.completion_mask[..., :T],
+    )
+
+
+def _whole(drawn: Decoded, sharding: Sharding | None) -> Decoded:
+    """Starts the exchange between hosts right behind the draw: begun later, it would wait for the next batch."""
+    if jax.process_count() == 1 or not isinstance(sharding, NamedSharding):
+        return drawn
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(drawn)
+
+
+def _report(description: str, lengths: np.ndarray, plan: list[Batch], widths: tuple[int, ...]) -> None:
+    shapes = sorted({batch.lengths for batch in plan})
+    one = [dataclasses.replace(batch, lengths=widths) for batch in plan]
+    shares = [" and ".join(f"{share:.0%}" for share in padding_waste(lengths, p)) for p in (plan, one)]
+    _LOG.info(
+        "%s: %d rows in %d batches of %d shapes (compilations) %s; padding %s, in one shape %s",
+        description, len(lengths), len(plan), len(shapes), shapes, *shares,
+    )  # fmt: skip

@@ -151,10 +151,14 @@ def pmap_step(step: Callable, *, axis_name: str = "data") -> Callable:
 
     Returns:
       ``(state, batch, key, frozen) -> (state, metrics)`` on unreplicated arrays; the number of prompts must be a
-      multiple of the number of devices.
+      multiple of the number of devices. The state given to it is donated.
     """
     mapped = jax.pmap(
-        functools.partial(step, axis_name=axis_name), axis_name=axis_name, in_axes=(None, 0, None, None), out_axes=None
+        functools.partial(step, axis_name=axis_name),
+        axis_name=axis_name,
+        in_axes=(None, 0, None, None),
+        out_axes=None,
+        donate_argnums=0,
     )
 
     def run(state, batch, key, frozen=None):

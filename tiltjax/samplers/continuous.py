@@ -1,0 +1,243 @@
+"""Decoding a queue of prompts on a fixed grid of slots: a candidate that has met EOS makes room for the next one.
+
+`tiltjax.samplers.decode.decode` runs until the longest of its candidates has ended, and every other slot waits. Here G
+groups of W slots work through P prompts: a free slot takes the next candidate of its group's prompt, a group whose N
+candidates are all drawn takes the next prompt. The loop is one `jax.lax.while_loop` of static shapes on the device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tiltjax.ops.checks import check_at_least, check_fraction
+from tiltjax.samplers.decode import Decoded, candidate_keys, draw
+from tiltjax.types import Array, Bool, Float, Int, Key
+
+__all__ = ["decode_queue", "grid_of", "occupancy"]
+
+_REFILL = 1
+"""Prompts that are run at a time when groups fall free: they rarely do so together."""
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class _State:
+    """What the loop carries.
+
+    Attributes:
+      cache: Of the model.
+      first: Logits of each group's first completion token, ``[G, V]``.
+      prompt: Place of each group's prompt in the queue, ``[G]``.
+      following: The candidate that the group hands out next, N when all are handed out, ``[G]``.
+      head: The first prompt that waits in the queue.
+      left: How many candidates are not finished.
+      candidate: Of each slot, N where it is free, ``[G, W]``.
+      length: How many tokens the slot's candidate has, ``[G, W]``.
+      token: The last of them, ``[G, W]``.
+      out: Tokens and two log-probabilities, ``[P, N, T]``.
+      lengths: Of the completions, ``[P, N]``.
+      steps: How often the model was run on the slots.
+    """
+
+    cache: Any
+    first: Float[Array, "..."]
+    prompt: Int[Array, "..."]
+    following: Int[Array, "..."]
+    head: Int[Array, ""]
+    left: Int[Array, ""]
+    candidate: Int[Array, "..."]
+    length: Int[Array, "..."]
+    token: Int[Array, "..."]
+    out: tuple[Array, Array, Array]
+    lengths: Int[Array, "..."]
+    steps: Int[Array, ""]
+
+
+def decode_queue(
+    key: Key[Array, "*prompts"],
+    prompt: Int[Array, "P S"],
+    prompt_mask: Bool[Array, "P S"],
+    prefill: Callable[[Int[Array, "G S"], Bool[Array, "G S"]], tuple[Float[Array, "G V"], Any]],
+    refill: Callable[[Any, Int[Array, "R"], Int[Array, "R S"], Bool[Array, "R S"]], tuple[Float[Array, "R V"], Any]],
+    step: Callable[[Int[Array, "G W"], Any, Int[Array, "G W"]], tuple[Float[Array, "G W V"], Any]],
+    *,
+    groups: int,
+    slots: int,
+    num_candidates: int,
+    max_tokens: int,
+    eos_id: int | tuple[int, ...],
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Decoded:
+    r"""Draws N completions of each of P prompts on G groups of W slots.
+
+    The token of prompt i, candidate j, step t comes from ``fold_in(candidate_keys(key, P, N)[i, j], t)``, as in
+    `tiltjax.samplers.decode.decode`: the completions are those of plain decoding, whatever the schedule. In place of
+    the longest completion times the number of batches, the steps approach
+
+    .. math:: \Big\lceil \frac{1}{G W} \sum_{ij} |y_{ij}| \Big\rceil
+
+    Args:
+      key: Typed key, or one per prompt ``[P]``.
+      prompt: Right-padded prompt tokens; the whole queue.
+      prompt_mask: True on real prompt tokens. Prompts without any fill the end of the queue up and get no completion.
+      prefill: ``(prompt, prompt_mask) -> (logits, cache)`` of the first G prompts, with room for W candidates of each.
+      refill: ``(cache, row, prompt, prompt_mask) -> (logits, cache)``: puts new prompts into those rows of the cache;
+        a row that is out of bounds is dropped. `tiltjax.models.Transformer.refill` is one.
+      step: ``(token, cache, length) -> (logits, cache)`` of the next token, where ``length`` tokens of the slot's
+        completion were appended before; `tiltjax.models.Transformer.decode_step` is one.
+      groups: G, prompts at a time; the cache holds each once. More than P are as many as P.
+      slots: W, candidates of one prompt at a time; more than N are as many as N. The fewer, the less a group waits for
+        the last of its candidates.
+      num_candidates: N.
+      max_tokens: T, the longest completion.
+      eos_id: Token (or tokens) that end a completion; the EOS itself belongs to it.
+      pad_id: Token that fills the rest.
+      temperature: Softmax temperature; 0 is greedy.
+      top_k: Keep the k most probable tokens.
+      top_p: Keep the smallest set of tokens of this probability.
+
+    Returns:
+      `Decoded`, ``[P, N, T]``, with ``steps``.
+
+    Raises:
+      ValueError: If an option is out of range.
+    """
+    check_at_least("groups", groups, 1)
+    check_at_least("slots", slots, 1)
+    check_at_least("num_candidates", num_candidates, 1)
+    check_at_least("max_tokens", max_tokens, 1)
+    check_at_least("temperature", temperature, 0)
+    check_at_least("top_k", top_k, 1)
+    check_fraction("top_p", top_p)
+    (P, _), N, T = prompt.shape, num_candidates, max_tokens
+    G, W = min(groups, P), min(slots, N)
+    stops = jnp.asarray(eos_id).reshape(-1)
+    keys = candidate_keys(key, P, N)
+    pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    waiting = jnp.sum(jnp.any(prompt_mask, axis=-1))
+
+    def free(s):
+        return jnp.all(s.candidate == N, axis=1) & (s.following == N)
+
+    def next_prompts(s):
+        row = jnp.nonzero(free(s), size=_REFILL, fill_value=G)[0]
+        place = s.head + jnp.arange(_REFILL)
+        row = jnp.where(place < waiting, row, G)
+        at = jnp.minimum(place, P - 1)
+        logits, cache = refill(s.cache, row, prompt[at], prompt_mask[at])
+        return s.replace(
+            cache=cache,
+            first=s.first.at[row].set(logits, mode="drop"),
+            prompt=s.prompt.at[row].set(place, mode="drop"),
+            following=s.following.at[row].set(0, mode="drop"),
+            head=s.head + jnp.sum(row < G),
+        )
+
+    def next_candidates(s):
+        idle = s.candidate == N
+        turn = s.following[:, None] + jnp.cumsum(idle, axis=1) - 1
+        takes = idle & (turn < N)
+        return s.replace(
+            candidate=jnp.where(takes, turn, s.candidate),
+            length=jnp.where(takes, 0, s.length),
+            following=s.following + jnp.sum(takes, axis=1),
+        )
+
+    def append(s, logits):
+        """Draws one token for every slot at work, and frees those that it ends."""
+        logits = jnp.where((s.length == 0)[..., None], s.first[:, None], logits)
+        at_work = s.candidate < N
+        i, j = jnp.broadcast_to(s.prompt[:, None], (G, W)), s.candidate
+        drawn = pick(keys[jnp.minimum(i, P - 1), jnp.minimum(j, N - 1)], s.length, logits)
+        out = tuple(a.at[i, j, s.length].set(x, mode="drop") for a, x in zip(s.out, drawn, strict=True))
+        length = s.length + 1
+        ends = at_work & (jnp.isin(drawn[0], stops) | (length == T))
+        return s.replace(
+            out=out,
+            lengths=s.lengths.at[i, j].set(length, mode="drop"),
+            token=drawn[0],
+            length=length,
+            candidate=jnp.where(ends, N, s.candidate),
+            left=s.left - jnp.sum(ends),
+        )
+
+    def advance(s):
+        logits, cache = step(s.token, s.cache, jnp.maximum(s.length - 1, 0))
+        s = s.replace(cache=cache, steps=s.steps + 1)
+        s = jax.lax.while_loop(lambda s: jnp.any(free(s)) & (s.head < waiting), next_prompts, s)
+        return append(next_candidates(s), logits)
+
+    first, cache = prefill(prompt[:G], prompt_mask[:G])
+    wide = jnp.promote_types(first.dtype, jnp.float32)
+    state = _State(
+        cache=cache,
+        first=first,
+        prompt=jnp.arange(G),
+        following=jnp.where(jnp.arange(G) < waiting, 0, N),
+        head=jnp.minimum(G, waiting),
+        left=waiting * N,
+        candidate=jnp.full((G, W), N),
+        length=jnp.zeros((G, W), int),
+        token=jnp.zeros((G, W), jnp.int32),
+        out=(
+            jnp.full((P, N, T), pad_id, jnp.int32),
+            jnp.zeros((P, N, T), wide),
+            jnp.zeros((P, N, T), wide),
+        ),
+        lengths=jnp.zeros((P, N), int),
+        steps=jnp.int32(0),
+    )
+    state = append(next_candidates(state), jnp.broadcast_to(first[:, None], (G, W, first.shape[-1])))
+    state = jax.lax.while_loop(lambda s: s.left > 0, advance, state)
+    token, logp, sampled = state.out
+    mask = jnp.arange(T)[None, None] < state.lengths[..., None]
+    return Decoded(
+        completion=token, completion_mask=mask, token_logp=logp, sampled_token_logp=sampled, steps=state.steps
+    )
+
+
+def grid_of(slots: int, P: int, N: int) -> tuple[int, int]:
+    """Groups and slots of each for a queue: a quarter of a prompt's candidates at a time, more where prompts are few.
+
+    A group takes its next prompt when its last candidate ends, so small groups wait less; but each group holds the keys
+    and values of its prompt, and reads them at every step for its own slots only.
+
+    Args:
+      slots: Candidates that are decoded at a time.
+      P: Prompts in the queue.
+      N: Candidates of each.
+
+    Returns:
+      G and W, with ``G W <= slots`` where ``slots >= 1``.
+
+    Raises:
+      ValueError: If a number is below 1.
+
+    Example:
+      >>> grid_of(128, P=32, N=16), grid_of(128, P=8, N=16), grid_of(4, P=8, N=16)
+      ((32, 4), (8, 16), (1, 4))
+    """
+    for name, value in (("slots", slots), ("P", P), ("N", N)):
+        check_at_least(name, value, 1)
+    W = min(N, slots, max(-(-N // 4), slots // P))
+    return min(P, slots // W), W
+
+
+def occupancy(decoded: Decoded, slots: int) -> Float[Array, ""]:
+    """Share of the slots that drew a token, over the whole run: 1 where none ever waited.
+
+    Args:
+      decoded: Of `decode_queue` or `tiltjax.samplers.decode.decode`.
+      slots: Slots of one loop: G W, or B N for plain decoding.
+
+    Returns:
+      In (0, 1]. The first token of a run needs no step, so there are ``steps + 1`` occasions to draw.
+    """
+    rounds = jnp.sum(jnp.asarray(decoded.steps) + 1)
+    return jnp.sum(decoded.completion_mask) / (rounds * slots)
