@@ -19,7 +19,7 @@ align: $(STAMP)  ## Set up, then tilt SmolLM2-135M towards a positive sentiment 
 	$(BIN)/python -m experiments.align --output=runs/align --resume
 
 test: $(STAMP)  ## Set up, then run the tests on 8 fake CPU devices.
-	$(BIN)/python -m pytest --quiet --numprocesses=2 --dist=loadgroup --durations=10
+	$(BIN)/python -m pytest --quiet --numprocesses=2 --dist=loadfile --durations=10
 
 lint: $(STAMP)  ## Lint, format, types and the direction of imports.
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ def test_weights_kl_of_any_weights():
     spec, mesh = PartitionSpec("n"), Mesh(np.array(jax.devices()), ("n",))
     mapped = functools.partial(weights_kl, axis_name="n")
     eight = jnp.asarray(softmax(REWARD[0]))
-    out = jax.shard_map(mapped, mesh=mesh, in_specs=spec, out_specs=PartitionSpec())(eight)
+    out = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=spec, out_specs=PartitionSpec()))(eight)
     np.testing.assert_allclose(out, weights_kl(eight), rtol=1e-5)
 
 

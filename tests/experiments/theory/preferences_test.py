@@ -1,0 +1,15 @@
+import pytest
+
+from tests.experiments.theory.page import check
+
+FAMILIES = (
+    "all_roads",
+    "direct_preference",
+    "f_divergence",
+    "misspecification",
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_claim_fails(name, tmp_path):
+    check(name, tmp_path)
