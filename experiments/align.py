@@ -7,8 +7,8 @@ fits the tilted distribution, and evaluates on held-out prompts beside what theo
 plots and samples, `results.json`, `metrics.jsonl`, TensorBoard events, Orbax checkpoints and a Hugging Face export.
 
 Expected at the default settings (SmolLM2-135M, VADER sentiment, beta 0.1, bfloat16 operands; 95% intervals over 32
-held-out prompts): reference 0.222 [0.174, 0.271]; soft best-of-8 0.682 [0.630, 0.728] at 0.92 nats; tuned 0.434
-[0.383, 0.481] at 0.85 nats; tuned minus reference 0.212 [0.161, 0.262]; beta log Z 0.652. About five minutes on two
+held-out prompts): reference 0.225 [0.194, 0.256]; soft best-of-8 0.679 [0.642, 0.714] at 0.94 nats; tuned 0.423
+[0.374, 0.472] at 1.07 nats; tuned minus reference 0.199 [0.157, 0.241]; beta log Z 0.645. About five minutes on two
 cores.
 
 On several hosts, the same command on each, and a directory that all of them see (under SLURM, Open MPI, GKE and on TPU
