@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 from tiltjax.data.text import find_embedded_gguf, load_tokenizer
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
-from tiltjax.ops.tokens import dot
+from tiltjax.ops.matmul import dot
 
 __all__ = ["CASES", "PROMPTS", "main"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from tiltjax.models.config import FAMILIES
 from tiltjax.models.pretrained import load
-from tiltjax.ops.tokens import dot
+from tiltjax.ops.matmul import dot
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from tiltjax.ops.tokens import chunked_kl, dot, eos_mask, sequence_logp, token_logp
+from tiltjax.ops.matmul import dot
+from tiltjax.ops.tokens import chunked_kl, eos_mask, sequence_logp, token_logp
 
 V, D = 37, 8
 RNG = np.random.default_rng(0)

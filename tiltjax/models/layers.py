@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tiltjax.ops.matmul import matmul
 from tiltjax.types import Array, Dtype, Float, PRNGKey
 
 __all__ = ["ACTIVATIONS", "Linear", "Norm", "rotary", "rotate"]
@@ -63,13 +64,6 @@ class Norm(nnx.Module):
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         x = x * _along_last(self.scale[...], x)
         return x if self.bias is None else x + _along_last(self.bias[...], x)
-
-
-def matmul(x: Float[Array, "*batch I"], w: Float[Array, "I O"], dtype: Dtype) -> Float[Array, "*batch O"]:
-    """``x W`` with operands in ``dtype`` and a float32 (or wider) result."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x.astype(dtype), w.astype(dtype), dimensions, preferred_element_type=wide)
 
 
 def rotary(

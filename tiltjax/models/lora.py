@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tiltjax.models.layers import Linear, matmul
+from tiltjax.models.layers import Linear
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.checks import check_at_least, check_choice
+from tiltjax.ops.matmul import matmul
 from tiltjax.types import Params, PRNGKey
 
 __all__ = ["TARGETS", "add", "combine", "is_adapter", "merge", "partition"]

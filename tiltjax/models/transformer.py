@@ -14,7 +14,8 @@ from tiltjax.models.config import TransformerConfig
 from tiltjax.models.fused import choose, fused_attention
 from tiltjax.models.layers import ACTIVATIONS, Linear, Norm, rotary, rotate
 from tiltjax.models.segments import Segments, arrange
-from tiltjax.ops.tokens import TokenStats, dot, token_logp
+from tiltjax.ops.matmul import dot
+from tiltjax.ops.tokens import TokenStats, token_logp
 from tiltjax.types import Array, Bool, Dtype, Float, Int, PRNGKey
 
 __all__ = ["Block", "Cache", "Transformer"]

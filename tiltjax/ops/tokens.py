@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.ops.masked import as_float
+from tiltjax.ops.matmul import dot, outer
 from tiltjax.types import Array, Bool, Dtype, Float, Int
 
-__all__ = ["TokenStats", "chunked_kl", "dot", "eos_mask", "sequence_logp", "token_logp"]
+__all__ = ["TokenStats", "chunked_kl", "eos_mask", "sequence_logp", "token_logp"]
 
 _ROWS = 2048
 
@@ -35,13 +36,6 @@ class TokenStats:
     logp: Float[Array, "*batch"]
     entropy: Float[Array, "*batch"]
     self_certainty: Float[Array, "*batch"]
-
-
-def dot(x: Float[Array, "M D"], w: Float[Array, "C D"], dtype: Dtype) -> Float[Array, "M C"]:
-    """``x w^T`` with operands in ``dtype`` and a float32 result: the fast path of every matrix unit."""
-    dimensions = (((1,), (1,)), ((), ()))
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return jax.lax.dot_general(x.astype(dtype), w.astype(dtype), dimensions, preferred_element_type=wide)
 
 
 def token_logp(
@@ -228,7 +222,7 @@ class _Walk:
         grad_hidden, grad_head = grads
         dz = dz / self.temperature
         old = jax.lax.dynamic_slice_in_dim(grad_head, first, rows.shape[0])
-        new = old + dot(dz.T, hidden.T, self.dtype)
+        new = old + outer(dz.astype(self.dtype), hidden.astype(self.dtype))
         return grad_hidden + dot(dz, rows.T, self.dtype), jax.lax.dynamic_update_slice_in_dim(grad_head, new, first, 0)
 
 

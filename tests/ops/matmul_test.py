@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tiltjax.ops.matmul import dot, matmul, outer, transposed_outer
+
+RNG = np.random.default_rng(0)
+X, W, G = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(5, 4)), RNG.normal(size=(2, 3, 4))
+
+
+def rounded(x, dtype):
+    return np.asarray(jnp.asarray(x, dtype), np.float64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_products_and_gradients_are_those_of_rounded_operands(dtype):
+    """In float64, and with a gradient that is rounded like every operand."""
+
+    @jax.jit
+    def both(x, w, g):
+        y, pull = jax.vjp(lambda x, w: matmul(x, w, dtype), x, w)
+        return y, *pull(g)
+
+    y, grad_x, grad_w = both(*(jnp.asarray(a, jnp.float32) for a in (X, W, G)))
+    x, w, g = (rounded(a, dtype) for a in (X, W, G))
+    assert {a.dtype for a in (y, grad_x, grad_w)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad_x, g @ w.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad_w, np.einsum("abi,abo->io", x, g), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dot(jnp.asarray(X[0]), jnp.asarray(W.T), dtype), x[0] @ w, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_keeps_the_type_of_what_it_is_of():
+    x, w = jnp.asarray(X, jnp.bfloat16), jnp.asarray(W, jnp.bfloat16)
+    grads = jax.grad(lambda x, w: jnp.sum(matmul(x, w, jnp.bfloat16)), argnums=(0, 1))(x, w)
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16]
+
+
+def test_a_transposed_copy_gives_the_same_outer_product():
+    x, y = jnp.asarray(X, jnp.bfloat16), jnp.asarray(G, jnp.bfloat16)
+    flat = jax.jit(transposed_outer)(x.reshape(6, 5), y.reshape(6, 4))
+    np.testing.assert_allclose(flat, jax.jit(outer)(x, y), rtol=1e-6)
+    np.testing.assert_allclose(flat, np.einsum("abi,abo->io", np.float64(x), np.float64(y)), rtol=1e-6)

@@ -1,0 +1,92 @@
+"""Matrix products with narrow operands and wide results, forward and backward: the fast path of every matrix unit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from tiltjax.types import Array, Dtype, Float
+
+__all__ = ["dot", "matmul", "outer"]
+
+_PADDING = 16
+
+
+def dot(x: Float[Array, "M D"], w: Float[Array, "C D"], dtype: Dtype) -> Float[Array, "M C"]:
+    """``x w^T`` with operands in ``dtype`` and a float32 (or wider) result.
+
+    Args:
+      x: Rows.
+      w: Rows.
+      dtype: Of the operands.
+
+    Returns:
+      Every row of ``x`` with every row of ``w``.
+    """
+    return _product(x.astype(dtype), w.astype(dtype), 1, 1)
+
+
+def matmul(x: Float[Array, "*batch I"], w: Float[Array, "I O"], dtype: Dtype) -> Float[Array, "*batch O"]:
+    r"""``x W`` with operands in ``dtype`` and a float32 (or wider) result; so are the products of its gradient.
+
+    .. math:: y = [x] [W], \qquad \bar x = [\bar y] [W]^\top, \qquad \bar W = [x]^\top [\bar y]
+
+    where ``[.]`` rounds to ``dtype``. Without a rule of its own the gradient would multiply the float32 ``\bar y`` with
+    the rounded operands, which every machine does at the speed of float32.
+
+    Args:
+      x: Any leading axes.
+      w: One matrix.
+      dtype: Of the operands.
+
+    Returns:
+      The products; their gradients come in the types of ``x`` and ``w``.
+    """
+    if jnp.dtype(dtype) == jnp.promote_types(dtype, jnp.float32):
+        return _product(x.astype(dtype), w.astype(dtype), x.ndim - 1, 0)
+    return _narrow(jnp.dtype(dtype), x, w)
+
+
+def _product(x, w, over_x, over_w):
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, w, (((over_x,), (over_w,)), ((), ())), preferred_element_type=wide)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow(dtype, x, w):
+    return _narrow_fwd(dtype, x, w)[0]
+
+
+def _narrow_fwd(dtype, x, w):
+    rounded = x.astype(dtype)
+    # An empty array remembers the type of x; w itself is kept, as nothing new has to be stored for it.
+    return _product(rounded, w.astype(dtype), x.ndim - 1, 0), (rounded, w, jnp.zeros(0, x.dtype))
+
+
+def _narrow_bwd(dtype, saved, grad):
+    x, w, like = saved
+    grad = grad.astype(dtype)
+    grad_x = _product(grad, w.astype(dtype), grad.ndim - 1, 1)
+    return grad_x.astype(like.dtype), outer(x, grad).astype(w.dtype)
+
+
+_narrow.defvjp(_narrow_fwd, _narrow_bwd)
+
+
+def outer(x: Float[Array, "*batch I"], y: Float[Array, "*batch O"]) -> Float[Array, "I O"]:
+    """``x^T y``, summed over all leading axes, with a float32 (or wider) result.
+
+    XLA on the CPU multiplies narrow operands fast only where the sum runs along the rows of the first; it would fold a
+    plain transposition into the product, and does not fold a padded one.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() == 1 and x.dtype == jnp.bfloat16:
+        return transposed_outer(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+    axes = tuple(range(x.ndim - 1))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, y, ((axes, axes), ((), ())), preferred_element_type=wide)
+
+
+def transposed_outer(x: Float[Array, "M I"], y: Float[Array, "M O"]) -> Float[Array, "I O"]:
+    """`outer` through a transposed copy of ``x``, padded with zeros along the sum."""
+    padded = jnp.pad(x.T, ((0, 0), (0, _PADDING)))
+    return _product(padded, jnp.pad(y, ((0, _PADDING), (0, 0))), 1, 0)
