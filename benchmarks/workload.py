@@ -22,7 +22,7 @@ from tiltjax.ops.tokens import sequence_logp
 from tiltjax.samplers.best_of_n import soft_best_of_n
 from tiltjax.train.hardware import compilation_cache, fast_dtype
 from tiltjax.train.objectives import likelihood_objective, method_kernel, sft_objective
-from tiltjax.train.rollout import make_sampler, make_scorer
+from tiltjax.train.rollout import make_sampler, make_scorer, narrow
 from tiltjax.train.state import TrainState, init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Params, PRNGKey
@@ -72,6 +72,7 @@ def prepare(case: Case, shape: str, dtype: str) -> Callable[[], Any]:
         return functools.partial(_wait, make_scorer(), model, batch)
     if case.work == "train":
         return _training(case, model, batch)
+    model = narrow(model)  # As `tiltjax.train.rollout.collect` does, once for all of its batches.
     sampler = make_sampler(num_candidates=case.N, max_tokens=case.T, eos_id=-1, pad_id=0)
     keys = iter(jax.random.split(jax.random.key(1), 10_000))
 

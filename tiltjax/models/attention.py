@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from tiltjax.types import Array, Bool, Dtype, Float
 
-__all__ = ["KeyValue", "Prefix", "attention", "causal_mask", "prefix_window"]
+__all__ = ["KeyValue", "Prefix", "attention", "causal_mask", "operand_dtype", "prefix_window"]
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -64,9 +64,7 @@ def attention(
     B, N, H, T, d = query.shape
     K = own.key.shape[2]
     chex.assert_is_divisible(H, K)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    if jax.default_backend() == "cpu":
-        dtype = wide  # XLA has no batched bf16 x bf16 -> f32 product on the CPU.
+    wide, dtype = jnp.promote_types(dtype, jnp.float32), operand_dtype(dtype)
     q = (query * d**-0.5).astype(dtype).reshape(B, N, K, H // K, T, d)
 
     def dot(spec, a, b):
@@ -87,6 +85,18 @@ def attention(
     if prefix is not None:
         out += dot("bnkgts,bksd->bnkgtd", weights[1], prefix.kv.value)
     return (out / total).reshape(B, N, H, T, d)
+
+
+def operand_dtype(dtype: Dtype) -> Dtype:
+    """The type that attention multiplies in: what it is given comes converted where it is in it already.
+
+    Args:
+      dtype: Operand type of the matrix products.
+
+    Returns:
+      ``dtype``; on the CPU float32 or wider, since XLA has no batched bf16 x bf16 -> f32 product there.
+    """
+    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
 
 
 def causal_mask(queries: int, keys: int, *, window: int | None = None) -> Bool[Array, "T U"]:

@@ -7,7 +7,7 @@ from flax import nnx
 from tiltjax.ops.matmul import matmul
 from tiltjax.types import Array, Dtype, Float, PRNGKey
 
-__all__ = ["ACTIVATIONS", "Linear", "Norm", "rotary", "rotate"]
+__all__ = ["ACTIVATIONS", "NARROW", "WIDEN", "Linear", "Norm", "rotary", "rotate"]
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -15,6 +15,13 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+WIDEN = ("query", "key", "value", "gate", "up")
+"""Maps whose outputs are split where devices share a layer."""
+
+NARROW = ("out", "down")
+"""Maps whose inputs are."""
 
 
 class Linear(nnx.Module):

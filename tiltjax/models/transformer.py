@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tiltjax.models.attention import KeyValue, Prefix, attention, causal_mask, prefix_window
+from tiltjax.models.attention import KeyValue, Prefix, attention, causal_mask, operand_dtype, prefix_window
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.fused import choose, fused_attention
-from tiltjax.models.layers import ACTIVATIONS, Linear, Norm, rotary, rotate
+from tiltjax.models.layers import ACTIVATIONS, NARROW, WIDEN, Linear, Norm, rotary, rotate
 from tiltjax.models.segments import Segments, arrange
+from tiltjax.ops.collectives import spread, whole
 from tiltjax.ops.matmul import dot
 from tiltjax.ops.tokens import TokenStats, token_logp
 from tiltjax.types import Array, Bool, Dtype, Float, Int, PRNGKey
@@ -177,7 +178,7 @@ class Transformer(nnx.Module):
             fused = choose(c.attention, head_dim=c.head_dim, window=c.sliding_window, dtype=c.compute_dtype)
 
         def layer(carry, block):
-            x, y = carry
+            (x, y), block = map(spread, carry), _gathered(block)
             x, kv = self._prompt_layer(block, x, angles, place.prompt_sees)
             query, own = block.project(y, own_angles)
             kv = jax.tree.map(lambda a: a[:, 0], kv)
@@ -211,9 +212,12 @@ class Transformer(nnx.Module):
         c = self.config
         x, angles = self._embed_prompt(prompt)
         x, kv = jax.lax.scan(lambda x, block: self._prompt_layer(block, x, angles), x, self.blocks)
+        # Kept as attention reads it, so that no step converts it again.
+        kept = operand_dtype(c.compute_dtype)
+        kv = jax.tree.map(lambda a: a.astype(kept), kv)
         prefix = tuple(jax.tree.map(lambda a: a[i, :, 0], kv) for i in range(c.num_layers))  # noqa: B023
         shape = (prompt.shape[0], num_candidates, c.num_kv_heads, max_tokens, c.head_dim)
-        empty = KeyValue(key=jnp.zeros(shape, c.compute_dtype), value=jnp.zeros(shape, c.compute_dtype))
+        empty = KeyValue(key=jnp.zeros(shape, kept), value=jnp.zeros(shape, kept))
         own = (empty,) * c.num_layers
         last = self.norm(_at(x[:, 0], jnp.sum(prompt_mask, axis=-1) - 1))
         cache = Cache(prefix=prefix, prompt_mask=prompt_mask, own=own, step=jnp.int32(0))
@@ -274,7 +278,7 @@ class Transformer(nnx.Module):
         filled = []
         for block, prefix, own in zip(self.unstacked().blocks, cache.prefix, cache.own, strict=True):
             query, new = block.project(y, angles)
-            own = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, place, axis=-2), own, new)
+            own = jax.tree.map(lambda a, b: _put(a, b, place), own, new)
             attended = attention(query, own, own_mask, prefix=Prefix(kv=prefix, mask=seen), dtype=c.compute_dtype)
             y = block.finish(y, attended)
             filled.append(own)
@@ -337,6 +341,22 @@ _REMAT: dict[str, Any] = {
 }
 
 _MATRICES = frozenset({"kernel", "embedding", "head", "lora_a", "lora_b"})
+
+
+def _gathered(block: Block) -> Block:
+    """The block with its parameters brought together, once for prompts and completions alike."""
+
+    def gather(path, leaf):
+        owner, name = [key.name for key in path][:2]
+        last = {"kernel": owner in WIDEN, "bias": owner in WIDEN, "lora_b": owner in WIDEN}.get(name, False)
+        first = name in ("kernel", "lora_a") and owner in NARROW
+        return whole(leaf, split=leaf.ndim - 1 if last else 0 if first else None)
+
+    return jax.tree_util.tree_map_with_path(gather, block)
+
+
+def _put(cache: Array, new: Array, place: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), place, axis=-2)
 
 
 def _at(x: Float[Array, "B S D"], index: Int[Array, "B"]) -> Float[Array, "B D"]:

@@ -4,12 +4,15 @@ Every function is the identity (or the one-device answer) when ``axis_name`` is 
 runs alone, under `jax.pmap`, `jax.shard_map` or `jax.vmap(axis_name=...)`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from tiltjax.types import Array, AxisName, Int, PyTree
 
-__all__ = ["axis_index", "axis_size", "pmax", "pmean", "pmin", "psum"]
+__all__ = ["axis_index", "axis_size", "pmax", "pmean", "pmin", "psum", "spread", "whole"]
 
 
 def psum(x: PyTree, axis_name: AxisName) -> PyTree:
@@ -50,3 +53,53 @@ def axis_index(axis_name: AxisName) -> Int[Array, ""]:
 def axis_size(axis_name: AxisName) -> int:
     """Number of devices on the mapped axis, or 1."""
     return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+
+
+def spread(x: Array, axes: tuple[str, ...] = ("data", "fsdp")) -> Array:
+    """Keeps the leading axis over ``axes`` of the mesh that a sharded `jax.jit` is traced under.
+
+    Where both a batch and a matrix are split over one mesh axis, the compiler has to move one of the two, and may
+    choose the batch: activations then cross the network in every layer. Told where they stay, it gathers the matrix.
+
+    Args:
+      x: Any array.
+      axes: Mesh axes; those that the mesh does not have, or that are mapped by hand, do not count.
+
+    Returns:
+      ``x``, unchanged; without a mesh, or where the sizes do not divide, not even told.
+    """
+    sizes = _free_axes()
+    axes = tuple(axis for axis in axes if axis in sizes)
+    if not axes or x.shape[0] % math.prod(sizes[axis] for axis in axes):
+        return x
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
+
+
+def whole(x: Array, *, split: int | None = None, axis: str = "tensor") -> Array:
+    """Brings an array together on every device, but for one dimension that stays over ``axis``; see `spread`.
+
+    What is gathered once serves every product that follows; the gradient goes back to where the array lives.
+
+    Args:
+      x: Any array, such as a layer's matrix whose rows live on different devices.
+      split: The dimension that stays split; None keeps none.
+      axis: Over which mesh axis.
+
+    Returns:
+      ``x``, unchanged; without a mesh, not even told.
+    """
+    sizes = _free_axes()
+    if not sizes:
+        return x
+    spec: list[str | None] = [None] * x.ndim
+    if split is not None and x.shape[split] % sizes.get(axis, 1) == 0 and axis in sizes:
+        spec[split] = axis
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def _free_axes() -> dict[str, int]:
+    """Sizes of the axes, above 1, along which the compiler of a sharded `jax.jit` may place things."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}

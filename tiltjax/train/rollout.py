@@ -25,7 +25,7 @@ from tiltjax.train import distributed
 from tiltjax.train.sharding import BATCH
 from tiltjax.types import Array, Bool, Float, Int, PRNGKey
 
-__all__ = ["collect", "make_sampler", "make_scorer", "score_all"]
+__all__ = ["collect", "make_sampler", "make_scorer", "narrow", "score_all"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,6 +121,19 @@ def make_scorer() -> Callable[[Transformer, Candidates], Float[Array, "B N"]]:
     return scorer
 
 
+def narrow(model: Transformer) -> Transformer:
+    """The model with its matrices in the type they are multiplied in: what a sampler makes of it at every call.
+
+    Args:
+      model: Any policy.
+
+    Returns:
+      The same numbers, converted once for many calls.
+    """
+    dtype = model.config.compute_dtype
+    return model if dtype == jnp.float32 else jax.jit(lambda m: m.cast(dtype))(model)
+
+
 def collect(
     key: PRNGKey,
     model: Transformer,
@@ -163,6 +176,7 @@ def collect(
     Raises:
       ValueError: If a kept batch is damaged, of another fingerprint or of other prompts.
     """
+    model = narrow(model)
     tokens, mask = batches.pad(prompts, pad_id=pad_id)
     folder = None if directory is None else pathlib.Path(directory)
     writes = distributed.is_main()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tiltjax.models.layers import NARROW, WIDEN
 from tiltjax.train.state import TrainState
 from tiltjax.types import Params, PyTree
 
@@ -28,9 +29,6 @@ AXES = ("data", "fsdp", "tensor")
 """Mesh axes: prompts over ``data`` and ``fsdp``; parameters over ``fsdp`` and ``tensor``."""
 
 BATCH = PartitionSpec(("data", "fsdp"))
-
-_COLUMN = ("query", "key", "value", "gate", "up")
-_ROW = ("out", "down")
 
 
 def make_mesh(spec: str = "") -> Mesh:
@@ -82,7 +80,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
       One entry per dimension.
     """
     *_, owner, name = ["", *path.removesuffix(".value").split(".")]
-    widens, narrows = owner in _COLUMN, owner in _ROW
+    widens, narrows = owner in WIDEN, owner in NARROW
     wanted: tuple[str | None, ...] = ()
     if name in ("embedding", "head"):
         wanted = ("tensor", "fsdp")
@@ -132,10 +130,14 @@ def sharded_step(step: Callable, state: TrainState, frozen: Params, mesh: Mesh) 
     Returns:
       A function of the same signature. The state given to it is donated.
     """
+    def placed(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*arguments)
+
     places = shardings(state, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        step,
+        placed,
         in_shardings=(places, batch_sharding(mesh), whole, shardings(frozen, mesh)),
         out_shardings=(places, whole),
         donate_argnums=0,
