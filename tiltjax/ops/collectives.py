@@ -4,6 +4,7 @@ Every function is the identity (or the one-device answer) when ``axis_name`` is 
 runs alone, under `jax.pmap`, `jax.shard_map` or `jax.vmap(axis_name=...)`.
 """
 
+import functools
 import math
 
 import jax
@@ -79,7 +80,8 @@ def spread(x: Array, axes: tuple[str, ...] = ("data", "fsdp")) -> Array:
 def whole(x: Array, *, split: int | None = None, axis: str = "tensor") -> Array:
     """Brings an array together on every device, but for one dimension that stays over ``axis``; see `spread`.
 
-    What is gathered once serves every product that follows; the gradient goes back to where the array lives.
+    What is gathered once serves every product that follows. The gradient is not told where to be: it is summed where
+    the array lives, and never brought together.
 
     Args:
       x: Any array, such as a layer's matrix whose rows live on different devices.
@@ -95,7 +97,15 @@ def whole(x: Array, *, split: int | None = None, axis: str = "tensor") -> Array:
     spec: list[str | None] = [None] * x.ndim
     if split is not None and x.shape[split] % sizes.get(axis, 1) == 0 and axis in sizes:
         spec[split] = axis
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return _together(PartitionSpec(*spec), x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _together(spec: PartitionSpec, x: Array) -> Array:
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+_together.defvjp(lambda spec, x: (_together(spec, x), None), lambda spec, _, grad: (grad,))
 
 
 def _free_axes() -> dict[str, int]:
