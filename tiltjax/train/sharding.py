@@ -130,6 +130,7 @@ def sharded_step(step: Callable, state: TrainState, frozen: Params, mesh: Mesh) 
     Returns:
       A function of the same signature. The state given to it is donated.
     """
+
     def placed(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(*arguments)
