@@ -33,7 +33,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 """Operands of the matrix products; "auto" is what this machine has units for, as in `experiments.align`."""
 
 
-def model_of(shape: str, dtype: str, **settings: Any) -> Transformer:
+def model_of(shape: str, dtype: str, *, remat: str = "dots", **settings: Any) -> Transformer:
     """A model of a named shape with random float32 parameters."""
     s = SHAPES[shape]
     config = TransformerConfig(
@@ -46,6 +46,7 @@ def model_of(shape: str, dtype: str, **settings: Any) -> Transformer:
         mlp_features=s.mlp_features,
         rotary_dim=s.head_dim,
         compute_dtype=fast_dtype() if dtype == "auto" else dtype,
+        remat=remat,
         **settings,
     )
     return jax.jit(Transformer, static_argnums=1)(jax.random.key(0), config)

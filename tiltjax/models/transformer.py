@@ -168,32 +168,46 @@ class Transformer(nnx.Module):
           The state after the prompt for the first token, after token ``t - 1`` for token ``t``.
         """
         c = self.config
-        N, T = completion.shape[1:]
-        place = arrange(prompt_mask, T - 1, segments=segments, window=c.sliding_window)
-        x, angles = self._embed(prompt[:, None], place.prompt_position[:, None])
-        y, own_angles = self._embed(completion[..., : T - 1], place.position)
-        own_mask = causal_mask(T - 1, T - 1, window=c.sliding_window)
+        (B, S), (N, T) = prompt.shape, completion.shape[1:]
+        U = T - 1
+        place = arrange(prompt_mask, U, segments=segments, window=c.sliding_window)
+
+        # A prompt and its completions stand in one row: every matrix multiplies both at once.
+        def row(of_prompt, of_completions):
+            completions = jnp.broadcast_to(of_completions, (B, N, U)).reshape(B, N * U)
+            return jnp.concatenate([jnp.broadcast_to(of_prompt, (B, S)), completions], axis=1)[:, None]
+
+        token, position = row(prompt, completion[..., :U]), row(place.prompt_position, place.position)
+        x, angles = self._embed(token, position)
+        own_mask = causal_mask(U, U, window=c.sliding_window)
         fused = None
-        if segments is None and T > 1:
+        if segments is None and U > 0:
             fused = choose(c.attention, head_dim=c.head_dim, window=c.sliding_window, dtype=c.compute_dtype)
 
-        def layer(carry, block):
-            (x, y), block = map(spread, carry), _gathered(block)
-            x, kv = self._prompt_layer(block, x, angles, place.prompt_sees)
-            query, own = block.project(y, own_angles)
+        def parts(heads):
+            """``[B, 1, H, S + N U, d]`` as that of the prompt, and of the completions, ``[B, N, H, U, d]``."""
+            of_prompt, own = jnp.split(heads, [S], axis=3)
+            return of_prompt, jnp.swapaxes(own.reshape(B, own.shape[2], N, U, c.head_dim), 1, 2)
+
+        def layer(x, block):
+            x, block = spread(x), _gathered(block)
+            query, kv = block.project(x, angles)
+            (prompt_query, query), keys, values = parts(query), parts(kv.key), parts(kv.value)
+            kv, own = KeyValue(key=keys[0], value=values[0]), KeyValue(key=keys[1], value=values[1])
+            attended = [self._attend_prompt(prompt_query, kv, place.prompt_sees)]
             kv = jax.tree.map(lambda a: a[:, 0], kv)
             if fused:
                 length = place.last[:, 0] + 1
-                attended = fused_attention(query, own, kv, length, implementation=fused, dtype=c.compute_dtype)
+                y = fused_attention(query, own, kv, length, implementation=fused, dtype=c.compute_dtype)
             else:
-                prefix = Prefix(kv=kv, mask=place.sees)
-                attended = attention(query, own, own_mask, prefix=prefix, dtype=c.compute_dtype)
-            return (x, block.finish(y, attended)), None
+                y = attention(query, own, own_mask, prefix=Prefix(kv=kv, mask=place.sees), dtype=c.compute_dtype)
+            attended += [jnp.swapaxes(y, 1, 2).reshape(B, 1, c.num_heads, N * U, c.head_dim)]
+            return block.finish(x, jnp.concatenate(attended, axis=3)), None
 
-        (x, y), _ = jax.lax.scan(_REMAT[c.remat](layer), (x, y), self.blocks)
-        last = jax.vmap(lambda x, i: x[i])(x[:, 0], place.last)[:, :, None]
-        states = jnp.concatenate([jnp.broadcast_to(last, (last.shape[0], N, *last.shape[2:])), y], axis=2)
-        return self.norm(states)
+        x, _ = jax.lax.scan(_REMAT[c.remat](layer), x, self.blocks)
+        last = jax.vmap(lambda x, i: x[i])(x[:, 0, :S], place.last)[:, :, None]
+        first = jnp.broadcast_to(last, (B, N, 1, c.features))
+        return self.norm(jnp.concatenate([first, x[:, 0, S:].reshape(B, N, U, c.features)], axis=2))
 
     def prefill(
         self, prompt: Int[Array, "B S"], prompt_mask: Bool[Array, "B S"], *, num_candidates: int, max_tokens: int
@@ -307,17 +321,20 @@ class Transformer(nnx.Module):
         model.blocks = nnx.List([jax.tree.map(lambda x: x[i], self.blocks) for i in layers])  # noqa: B023
         return model
 
-    def _prompt_layer(self, block, x, angles, sees=None):
-        c = self.config
+    def _prompt_layer(self, block, x, angles):
         query, kv = block.project(x, angles)
+        return block.finish(x, self._attend_prompt(query, kv)), kv
+
+    def _attend_prompt(self, query, kv, sees=None):
+        c = self.config
         fused = None
         if sees is None:
             fused = choose(c.attention, head_dim=c.head_dim, window=c.sliding_window, dtype=c.compute_dtype)
         if fused:
-            return block.finish(x, fused_attention(query, kv, implementation=fused, dtype=c.compute_dtype)), kv
-        mask = causal_mask(x.shape[2], x.shape[2], window=c.sliding_window)
+            return fused_attention(query, kv, implementation=fused, dtype=c.compute_dtype)
+        mask = causal_mask(query.shape[3], query.shape[3], window=c.sliding_window)
         mask = mask if sees is None else mask[None, None] & sees
-        return block.finish(x, attention(query, kv, mask, dtype=c.compute_dtype)), kv
+        return attention(query, kv, mask, dtype=c.compute_dtype)
 
     def _embed_prompt(self, prompt):
         return self._embed(prompt[:, None], jnp.arange(prompt.shape[1])[None, None])
