@@ -82,6 +82,13 @@ ROLES: dict[str, dict[str, str]] = {
     },
     "tiltjax.samplers.pessimism": {"samples": "inference_time_pessimism"},
     "tiltjax.samplers.resample": {"samples": "resample", "part": "counts inverse_cdf"},
+    "tiltjax.samplers.guarded": {"samples": "guarded_resample", "part": "cap_weights"},
+    "tiltjax.samplers.steer": {"samples": "smc steered_denoise"},
+    "tiltjax.samplers.guidance": {
+        "samples": "soft_best_of_n_denoise soft_best_of_n_step",
+        "part": "classifier_free_guidance classifier_guidance guidance_weight_for guided_denoiser",
+    },
+    "tiltjax.samplers.denoise": {"part": "ddim ddpm ddpm_path levels probability_flow reverse_kernel twisted_mean"},
     "tiltjax.samplers.continuous": {"part": "decode_queue grid_of occupancy"},
     "tiltjax.samplers.decode": {"part": "candidate_keys decode draw"},
     "tiltjax.samplers.logits": {"part": "categorical greedy min_p processed temper top_k top_p"},
@@ -132,6 +139,12 @@ ROLES: dict[str, dict[str, str]] = {
         "climbs": "reinforce_loss ppo_clip_loss gspo_loss cispo_loss",
         "iterates": "mdpo_loss mdloo_loss",
         "part": "aggregate value_loss",
+    },
+    "tiltjax.losses.denoising": {
+        "fits": "denoising_loss weighted_denoising_loss",
+        "climbs": "ddpo_loss",
+        "estimates": "transition_kl",
+        "part": "transition_logp",
     },
     "tiltjax.losses.constrained": {
         "climbs": "combined_advantage update_multiplier",

@@ -16,7 +16,7 @@ from jax.test_util import check_grads
 from scipy.special import expit, log_expit, logsumexp, softmax
 
 import tiltjax.losses
-from tests.losses import game_test, policy_gradient_test
+from tests.losses import denoising_test, game_test, policy_gradient_test
 from tiltjax.losses import binary, constrained, game, mle, preference, process, regression, reward_model
 
 B, N, T = 8, 16, 3
@@ -657,10 +657,9 @@ def test_every_loss_is_here():
     for info in pkgutil.walk_packages(tiltjax.losses.__path__, "tiltjax.losses."):
         module = importlib.import_module(info.name)
         found |= {getattr(module, name) for name in module.__all__ if name.endswith("_loss")}
-    # Token-level losses go through the same properties, with their own shapes, in the tests of their families.
-    elsewhere = (
-        policy_gradient_test.COVERED | game_test.COVERED | {constrained.ptx_loss, reward_model.process_class_loss}
-    )
+    # Token-level and diffusion losses go through the same properties, with their own shapes, in their own tests.
+    elsewhere = policy_gradient_test.COVERED | game_test.COVERED | denoising_test.COVERED
+    elsewhere |= {constrained.ptx_loss, reward_model.process_class_loss}
     missing = {loss.__name__ for loss in found - {case.loss for case in CASES} - elsewhere}
     assert not missing, f"add these losses to CASES: {sorted(missing)}"
     assert len({case.name for case in CASES}) == len(CASES)

@@ -1,0 +1,201 @@
+"""Where the answer is known the stages give it, with the bound on the KL; the whole job runs once, tiny."""
+
+import json
+import types
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import diffusion_reward as experiment
+from experiments import diffusion_stages as stages
+from tiltjax.ops import schedule
+from tiltjax.samplers import denoise
+
+SPREAD, BETA = 0.2, 0.2
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Gaussian:
+    """A denoiser of images of one pixel, N(mean, SPREAD^2), which clipping to [-1, 1] leaves alone."""
+
+    mean: Any
+
+    @property
+    def config(self):
+        return types.SimpleNamespace(shape=(1, 1, 1), prediction="noise")
+
+    def clean(self, x, a):
+        a = schedule.expand(a, x)
+        return self.mean + jnp.sqrt(a) * SPREAD**2 / (a * SPREAD**2 + 1 - a) * (x - jnp.sqrt(a) * self.mean)
+
+    def __call__(self, x, a):
+        b = schedule.expand(a, x)
+        return (x - jnp.sqrt(b) * self.clean(x, a)) / jnp.sqrt(1 - b)
+
+    output = __call__
+
+
+REF = Gaussian(mean=jnp.float32(0))
+
+
+def reference_variance(steps):
+    """Of what the chain of so many steps ends in: less than SPREAD^2."""
+    a = np.asarray(schedule.cosine_schedule(steps), np.float64)
+    variance = 1.0
+    for k in range(steps, 0, -1):
+        zero, one = (np.asarray(denoise.reverse_kernel(jnp.float32(x), REF(jnp.float32(x), a[k]), a[k], a[k - 1])[0])
+                     for x in (0, 1))  # fmt: skip
+        std = np.asarray(denoise.reverse_kernel(jnp.float32(0), jnp.float32(0), a[k], a[k - 1])[1])
+        variance = (one - zero) ** 2 * variance + std**2
+    return float(variance)
+
+
+def pixel(x):
+    return x[..., 0, 0, 0]
+
+
+def soft_value(x, a):
+    """Of the reward x: its conditional mean, and half its conditional variance over beta."""
+    variance = SPREAD**2 * (1 - a) / (a * SPREAD**2 + 1 - a)
+    return pixel(REF.clean(x, a)) + variance / (2 * BETA)
+
+
+def test_soft_best_of_n_steps_with_the_exact_value_draw_the_tilt(key):
+    """The tilt of N(0, v) by x is N(v / beta, v), at a KL of v / (2 beta^2)."""
+    steps, v = 30, reference_variance(30)
+    image, kl = jax.jit(
+        lambda key: stages.soft_steps(key, REF, soft_value, beta=BETA, n=2000, num_candidates=24, steps=steps)
+    )(key)
+    mean = float(pixel(image).mean())
+    assert mean == pytest.approx(v / BETA, rel=0.1)
+    assert float(pixel(image).var()) == pytest.approx(v, rel=0.1)
+    # A bound from above on the KL of a law of that mean, and not a loose one.
+    assert mean**2 / (2 * v) < float(kl.mean()) < 1.2 * v / (2 * BETA**2)
+
+
+def test_steering_reaches_the_tilt_and_bounds_its_kl(key):
+    v = reference_variance(20)
+    image, bound = stages.steer(key, REF, soft_value, pixel, beta=BETA, runs=600, particles=16, steps=20)
+    mean = float(pixel(image).mean())
+    assert mean == pytest.approx(v / BETA, rel=0.2)
+    assert mean**2 / (2 * v) - 0.1 < float(bound.mean()) < 1.2 * v / (2 * BETA**2)
+
+
+def test_chains_of_another_mean_have_their_path_kl(key):
+    steps, shift = 20, 0.1
+    image, kl, path = stages.chains(key, Gaussian(mean=jnp.float32(shift)), REF, n=500, steps=steps)
+    assert path.shape == (steps, 500, 1, 1, 1)
+    # In steps the two kernels differ by a constant; and the images' KL is no larger.
+    a, expected = np.asarray(schedule.cosine_schedule(steps), np.float64), 0.0
+    for k in range(steps, 1, -1):
+        x = jnp.float32(0.3)
+        one, ref = (denoise.reverse_kernel(x, m(x, a[k]), a[k], a[k - 1]) for m in (Gaussian(mean=shift), REF))
+        expected += float((one[0] - ref[0]) ** 2 / (2 * one[1] ** 2))
+    np.testing.assert_allclose(kl, expected, rtol=1e-3)
+    assert float(pixel(image).mean()) ** 2 / (2 * reference_variance(steps)) < expected + 0.02
+
+
+def test_weighted_score_matching_learns_the_tilt(key):
+    """The minimum is N(v / beta, v), whatever the noise."""
+    keys = jax.random.split(key)
+    image = SPREAD * jax.random.normal(keys[0], (4000, 1, 1, 1))
+    options = {"num_steps": 300, "batch_size": 256, "learning_rate": 0.01}
+    model = stages.tune(keys[1], REF, image, pixel(image), beta=2 * BETA, **options)
+    assert float(model.mean) == pytest.approx(SPREAD**2 / (2 * BETA), abs=0.03)
+
+
+def test_resampling_and_ddpo_climb_towards_it(key):
+    options, goal = {"beta": BETA, "steps": 12}, reference_variance(12) / BETA
+    tuning = {"num_steps": 100, "batch_size": 128, "learning_rate": 0.03}
+    model, log = stages.resample_and_tune(key, REF, pixel, rounds=2, pool=256, **options, **tuning)
+    assert 0.4 * goal < float(model.mean) < 1.4 * goal
+    assert [figures["most_copies"] <= 8 for figures in log] == [True, True]
+    model, seen = stages.ddpo(key, REF, pixel, n=128, num_iterations=25, learning_rate=0.02, clip=0.2, **options)
+    assert 0.4 * SPREAD**2 / BETA < float(model.mean) < 1.6 * SPREAD**2 / BETA
+    assert seen[0][1] == pytest.approx(0, abs=1e-6)
+    assert seen[-1][0] > seen[0][0] + 0.05
+
+
+def test_plug_in_value_is_low_by_the_variance():
+    x = jnp.linspace(-0.5, 0.5, 5).reshape(5, 1, 1, 1)
+    value = stages.plug_in(REF, pixel)
+    a = jnp.float32(0.7)
+    gap = soft_value(x, a) - value(x, a)
+    np.testing.assert_allclose(gap, SPREAD**2 * 0.3 / (0.7 * SPREAD**2 + 0.3) / (2 * BETA), rtol=1e-4)
+
+
+def test_learned_value_is_the_soft_value(key):
+    keys = jax.random.split(key, 3)
+    image = SPREAD * jax.random.normal(keys[0], (4000, 1, 1, 1))
+    value = stages.fit_value(keys[1], image, pixel(image), beta=BETA, num_steps=600, width=16)
+    a = jnp.float32(0.9)
+    x = jnp.sqrt(a) * image[:500] + jnp.sqrt(1 - a) * jax.random.normal(keys[2], (500, 1, 1, 1))
+    learned, exact = np.asarray(value(x, a)), np.asarray(soft_value(x, a))
+    assert np.abs(learned - exact).mean() < 0.3 * exact.std()
+
+
+def test_guarded_draw_spreads_what_the_tilt_would_waste(key):
+    reward = jnp.concatenate([jnp.zeros(90), jnp.linspace(5.0, 6.0, 10)])
+    picked, figures = stages.guarded_draw(key, reward, beta=1e-3, min_ess=0.2, max_copies=8)
+    assert picked.shape == (100,)
+    assert figures["beta"] > 1e-3
+    assert figures["most_copies"] <= 8
+    assert figures["survivors"] >= 13
+    assert float(reward[picked].mean()) > 2 * float(reward.mean())
+
+
+def test_rewards_say_what_they_say():
+    x = jnp.zeros((2, 4, 4, 1)).at[0, :, :2].set(1.0).at[1].set(-1.0)
+    np.testing.assert_allclose(stages.rewards("ink", None)(x), [0.75, 0.0])
+    np.testing.assert_allclose(stages.rewards("symmetry", None)(x), [-1.0, 0.0])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits_run):
+    output = str(tmp_path_factory.mktemp("reward") / "run")
+    config = experiment.RewardConfig(output=output, denoiser=digits_run[0].output, quick=True, methods="final,weighted")
+    return config, experiment.run(config, progress=False)
+
+
+def test_run_has_every_method_and_its_figures(finished):
+    config, results = finished
+    with open(f"{config.output}/results.json") as file:
+        assert json.load(file) == results
+    assert [p["method"] for p in results["points"]] == ["tilt", "final", "weighted"]
+    for point in results["points"][1:]:
+        assert point["kl"] >= 0, point
+        assert point["objective"] == pytest.approx(point["reward"] - point["beta"] * point["kl"])
+        assert point["pairwise_distance"] > 0
+    with open(f"{config.output}/report.md") as file:
+        report = file.read()
+    for name in ("tilt", "final", "weighted"):
+        assert experiment.METHODS[name][0] in report
+    # Soft best-of-N climbs the frontier of the same pool, and never above it.
+    curve = next(p["curve"] for p in results["points"] if p["method"] == "final")
+    assert np.all(np.diff([q["kl"] for q in curve]) > 0)
+    best = np.interp([q["kl"] for q in curve], results["frontier"]["kl"], results["frontier"]["reward"])
+    assert all(q["reward"] <= b + 1e-4 for q, b in zip(curve, best, strict=True))
+
+
+def test_a_run_is_not_overwritten(finished):
+    with pytest.raises(ValueError, match="there is a run already; pass another --output"):
+        experiment.run(finished[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward": "beauty"}, "reward must be ink, symmetry or class:C, got 'beauty'"),
+        ({"kls": "1,x"}, "kls must be comma-separated numbers, got '1,x'"),
+        ({"methods": "final,ppo"}, "methods must be one of control, ddpo, final, learned,"),
+        ({"kls": "0"}, "kls must be a finite number above 0, got 0.0"),
+        ({"sampling_steps": 2}, "sampling_steps must be at least 3, got 2"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.RewardConfig(**options)
