@@ -11,6 +11,9 @@ held-out prompts): reference 0.225 [0.194, 0.256]; soft best-of-8 0.679 [0.642, 
 [0.374, 0.472] at 1.07 nats; tuned minus reference 0.199 [0.157, 0.241]; beta log Z 0.645. About five minutes on two
 cores.
 
+`--method=rloo`, or the name of any record of `tiltjax.train.methods` that needs prompts and a reward only, learns in
+rounds of fresh candidates (on one host).
+
 On several hosts, the same command on each, and a directory that all of them see (under SLURM, Open MPI, GKE and on TPU
 pods the last three flags are found by themselves):
 
@@ -32,6 +35,7 @@ from absl import logging as absl_logging
 
 from experiments import reporting
 from experiments.align_config import AlignConfig, check_run, open_run
+from experiments.align_online import RECORDS, improve
 from experiments.align_world import World, prepare, tune
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
@@ -68,7 +72,7 @@ def run(config: AlignConfig) -> dict[str, Any]:
     reward = np.asarray(drawn.reward)
     estimates = evaluate.estimate(reward, beta=config.beta)
     warn_of_collapse(config, reward, estimates.ess)
-    tuned = tune(world, drawn)
+    tuned = improve(world) if config.method in RECORDS else tune(world, drawn)
     held_out, texts = world.rollout("heldout", world.model, seed=1)
     results, samples = compare(world, held_out, texts, tuned)
     if config.method != "soft_best_of_n":

@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 
+from experiments.align_online import RECORDS
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.train import distributed
 from tiltjax.train.config import field, load_config, save_config
@@ -15,7 +16,8 @@ __all__ = ["FREE", "METHODS", "AlignConfig", "check_run", "open_run"]
 FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
 """Settings that move no number of a run."""
 
-METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
+METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo", *RECORDS)
+"""Ways to reach the tilt: the first from fixed candidates of the reference, then the records of `align_online`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +25,20 @@ class AlignConfig:
     """Everything that decides a run."""
 
     policy: str = field("smollm2", "Reference policy: smollm2, a Hugging Face directory or hub id, or a GGUF file.")
-    reward: str = field("sentiment", "Reward: a shipped name (see tiltjax.rewards.registry) or module:function.")
+    reward: str = field(
+        "sentiment",
+        "Reward: a shipped name (see tiltjax.rewards.registry), module:function, or model:<directory> of a model of "
+        "experiments.reward_model.",
+    )
     prompts: str = field(
         "reviews",
         "Prompts: a shipped set, a .jsonl or .parquet file, tfds:<builder>, or reasoning_gym:<task>?option=value.",
     )
-    method: str = field("tilted_mle", "How the tilt is reached; soft_best_of_n trains nothing.", choices=METHODS)
+    method: str = field(
+        "tilted_mle",
+        "How the tilt is reached; soft_best_of_n trains nothing; others, see tiltjax.train.methods, learn in rounds.",
+        choices=METHODS,
+    )
     beta: float = field(0.1, "Strength of the KL term, reward units: the tilt is ref * exp(reward / beta) / Z.")
     num_candidates: int = field(16, "N, candidates per prompt, drawn from the reference.")
     num_prompts: int = field(64, "Training prompts, from the top of the file.")

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -332,6 +333,28 @@ def test_every_method_runs_to_its_end(home, tmp_path, compiled_once, name):
         assert np.abs(moved).max() > 1e-4
         assert (np.linalg.matrix_rank(moved, tol=1e-5) <= 2) == (name == "adapters")
         assert np.array_equal(after.embedding[...], before.embedding[...]) == (name == "adapters")
+
+
+def test_a_record_learns_in_rounds_and_resumes_with_the_same_bits(home, tmp_path, compiled_once):
+    options = {"method": "rloo", "batch_size": 8, "sample_batch": 8, "steps": 2, "checkpoint_every": 1}
+    config = AlignConfig(**settings(home, tmp_path / "run", **options))
+    results = align.run(config)
+    assert np.isfinite(numbers(results)).all()
+    assert "tuned" in results["points"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    rounds = [json.loads(line) for line in lines.splitlines()]
+    assert [line["off_policy"] for line in rounds] == [0, 0]
+    assert abs(rounds[0]["kl_k1"]) < 1e-6
+    before = jax.device_get(jax.tree.leaves(pretrained.load(tmp_path / "run" / "hf")))
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")  # As if it had been killed in the second round.
+    align.run(dataclasses.replace(config, resume=True))
+    after = jax.device_get(jax.tree.leaves(pretrained.load(tmp_path / "run" / "hf")))
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+    start = jax.tree.leaves(pretrained.load(home / "policy"))
+    assert max(float(np.abs(one - other).max()) for one, other in zip(start, after, strict=True)) > 1e-3
 
 
 def numbers(value):

@@ -1,0 +1,424 @@
+"""The loop on a table small enough to check by hand, and on the tiny transformer where a model matters."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.special import log_softmax
+
+from tests.train.worlds import ragged_candidates, tiny_model
+from tiltjax.data.candidates import Candidates
+from tiltjax.train import method as loop
+from tiltjax.train.method import Feedback, Method, ReferenceUpdate, View
+from tiltjax.train.methods import METHODS, get_method
+from tiltjax.train.methods.labels import actor_critic, judged
+from tiltjax.train.methods.preference import PAIRWISE
+from tiltjax.train.policy import kl_along_prefixes, model_sample, model_view, with_critics
+
+V, T, P, EOS = 4, 3, 2, 0
+TX = optax.adam(0.1)
+
+
+def table(seed):
+    """A policy that looks at the prompt and the last token: logits ``[P, V + 1, V]``, and two critics."""
+    rng = np.random.default_rng(seed)
+    shapes = {"logits": (P, V + 1, V), "critic": (V + 1, 2)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+TABLE, OTHER = table(0), table(5)
+
+
+def view(params, candidates):
+    x, y = candidates.prompt[:, 0], candidates.completion
+    before = jnp.concatenate([jnp.full((*y.shape[:2], 1), V), y[..., :-1]], axis=-1)
+    logp = jax.nn.log_softmax(params["logits"])[x[:, None, None], before]
+    return View(
+        token_logp=jnp.take_along_axis(logp, y[..., None], axis=-1)[..., 0],
+        entropy=-jnp.sum(jnp.exp(logp) * logp, axis=-1),
+        self_certainty=-jnp.mean(logp, axis=-1) - jnp.log(float(V)),
+        value=params["critic"][before],
+    )
+
+
+def sample(key, players, source, prompts, num):
+    who = {"previous": players.previous, "reference": players.reference, "initial": players.initial}
+    logp = jax.nn.log_softmax(who.get(source, players.state.params)["logits"])[prompts.prompt[:, 0]]
+    B = logp.shape[0]
+    token, live = jnp.full((B, num), V), jnp.ones((B, num), bool)
+    tokens, masks, logps = [], [], []
+    for k in jax.random.split(key, T):
+        rows = logp[jnp.arange(B)[:, None], token]
+        token = jnp.argmax(rows, -1) if source == "greedy" else jax.random.categorical(k, rows)
+        token = jnp.where(live, token, EOS)
+        tokens.append(token)
+        masks.append(live)
+        logps.append(jnp.where(live, jnp.take_along_axis(rows, token[..., None], axis=-1)[..., 0], 0))
+        live = live & (token != EOS)
+    stacked = [jnp.stack(x, axis=-1) for x in (tokens, masks, logps)]
+    return Candidates(prompt=prompts.prompt, prompt_mask=prompts.prompt_mask, completion=stacked[0],
+                      completion_mask=stacked[1], old_token_logp=stacked[2])  # fmt: skip
+
+
+def score(candidates):
+    y = jnp.where(candidates.completion_mask, candidates.completion, 0)
+    reward = jnp.sum(y, axis=-1) / 2.0 + candidates.prompt[:, :1]
+    return Feedback(reward=reward, cost=reward - 1, correct=reward > 1.5, answer=y[..., 0])
+
+
+def prompts(size=4):
+    empty = jnp.zeros((size, 0, T), jnp.int32)
+    prompt = (jnp.arange(size) % P)[:, None]
+    return Candidates(prompt=prompt, prompt_mask=prompt >= 0, completion=empty, completion_mask=empty > 0)
+
+
+def one_round(method, *, beta=0.5, seed=0, start=None, score=score, **options):
+    players = loop.init_players(method, TABLE, TX) if start is None else start
+    key = jax.random.key(seed)
+    return loop.play(method, players, prompts(), key, sample=sample, score=score, view=view, tx=TX, beta=beta,
+                     **options)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("name", "num", "score"))
+def prepared(seed, beta, *, name, num=4, score=score):
+    """A round's batch, from the first policy's own candidates."""
+    method = get_method(name)
+    players = loop.init_players(method, TABLE, TX)
+    candidates = loop.collect(method, players, prompts(num), jax.random.key(seed), sample=sample)
+    key = jax.random.key(seed + 1)
+    return loop.prepare(method, players, candidates, score(candidates), key, view=view, beta=beta)[1]
+
+
+@functools.cache
+def batch_of(name, score=score):
+    return prepared(0, 0.5, name=name, score=score)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def gradient(batch, params, beta=0.5, *, name):
+    """Loss, metrics and gradient."""
+    objective = loop.objective(get_method(name), view=view, beta=beta)
+
+    def total(params):
+        loss, metrics = objective(params, None, batch, jax.random.key(0))
+        return loss.mean, {name: metric.mean for name, metric in metrics.items()}
+
+    (value, metrics), grads = jax.value_and_grad(total, has_aux=True)(params)
+    return value, metrics, grads
+
+
+ONCE = [name for name in METHODS if name.removeprefix("online_") not in PAIRWISE or name == "online_dpo"]
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_label_advantage_and_loss_of_every_record_fit(name):
+    """Traced, not computed."""
+    method = get_method(name)
+    players = loop.init_players(method, TABLE, TX)
+
+    def loss(params, beta):
+        held = dataclasses.replace(players, state=dataclasses.replace(players.state, params=params))
+        drawn = loop.collect(method, held, prompts(8), jax.random.key(0), sample=sample)
+        memory, batch = loop.prepare(method, held, drawn, score(drawn), jax.random.key(1), view=view, beta=beta)
+        value, _ = loop.objective(method, view=view, beta=beta)(params, None, batch, jax.random.key(2))
+        return memory, value
+
+    memory, value = jax.eval_shape(loss, TABLE, jnp.float32(0.5))
+    chex.assert_trees_all_equal_shapes_and_dtypes(memory, players.memory)
+    assert (value.total.shape, value.count.shape) == ((), ())
+    assert method.paper
+    assert name == method.name
+
+
+def test_pairwise_losses_take_pairs_and_differ():
+    """Offline and online, the pairwise records are that of DPO with another loss."""
+    batch = batch_of("dpo")
+    losses = jax.jit(
+        lambda batch: {name: PAIRWISE[name][0](view(OTHER, batch.candidates), batch, 0.3).mean for name in PAIRWISE}
+    )
+    values = {name: float(value) for name, value in losses(batch).items()}
+    assert np.isfinite(list(values.values())).all()
+    assert len({round(value, 5) for value in values.values()}) > len(PAIRWISE) - 3
+    for name in PAIRWISE:
+        offline, online = get_method(name), get_method(f"online_{name}")
+        assert offline.loss is online.loss is PAIRWISE[name][0]
+        assert (offline.label, offline.draw, online.draw) == (judged, (("initial", 2),), (("current", 2),))
+        assert (offline.schedule, online.schedule) == ("offline", "online")
+
+
+@pytest.mark.parametrize("name", ["grpo_4_epochs", "safe_rlhf", "prime"])
+def test_a_round_moves_the_policy_and_nothing_that_is_frozen(name):
+    method = get_method(name)
+    before = loop.init_players(method, TABLE, TX)
+    after, metrics = jax.jit(lambda p: one_round(method, start=p))(before)
+    for frozen in ("reference", "initial"):
+        chex.assert_trees_all_equal(getattr(after, frozen), TABLE)
+    chex.assert_trees_all_equal(after.previous, before.state.params)
+    moved = np.abs(np.asarray(after.state.params["logits"]) - np.asarray(before.state.params["logits"]))
+    assert 0.01 < moved.max() < 1
+    assert int(after.state.step) == method.epochs
+    assert int(after.round) == 1
+    assert {"loss", "grad_norm", "off_policy", "kl_k1", "kl_k3", "entropy", "reward", "length"} == set(metrics)
+    assert all(np.isfinite(float(x)) for x in metrics.values())
+
+
+def test_the_first_on_policy_step_has_ratio_exactly_one():
+    """On a transformer, whose log-probabilities two compilations round differently; its completions are ragged."""
+    model, method = tiny_model(), dataclasses.replace(get_method("grpo"), draw=(("current", 4),))
+    tx = optax.sgd(0.0)
+    players = loop.init_players(method, model, tx)
+    drawn = dataclasses.replace(ragged_candidates(4, 4), ref_logp=None, reward=None)
+    reward = Feedback(reward=ragged_candidates(4, 4).reward)
+    options = {"view": model_view(), "tx": tx, "beta": 0.1}
+    _, metrics = jax.jit(lambda p: loop.fit(method, p, drawn, reward, jax.random.key(0), **options))(players)
+    assert float(metrics["off_policy"]) == 0.0
+    assert float(metrics["length"]) == drawn.completion_mask.sum(-1).mean()
+
+
+def test_from_the_second_step_on_the_ratio_is_that_to_the_start_of_the_round():
+    batch = batch_of("rloo")
+    _, metrics, _ = gradient(batch.change(fresh=np.zeros(4, bool)), OTHER, name="rloo")
+    now = jax.jit(view)(OTHER, batch.candidates).token_logp
+    ratio = np.sum(np.where(batch.mask, np.float64(now) - np.float64(batch.old.token_logp), 0), axis=-1)
+    assert float(metrics["off_policy"]) == pytest.approx(np.abs(np.exp(ratio) - 1).mean(), rel=1e-5)
+    _, metrics, _ = gradient(batch.change(fresh=np.ones(4, bool)), OTHER, name="rloo")
+    assert float(metrics["off_policy"]) == 0.0
+
+
+def same_reward(candidates):
+    return Feedback(reward=jnp.full(candidates.completion.shape[:2], 0.3))
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "mdloo"])
+def test_a_group_with_equal_rewards_gives_no_gradient(name):
+    """On any policy, once the KL is out of it."""
+    batch = prepared(0, 0.0, name=name, score=same_reward).change(fresh=np.zeros(4, bool))
+    _, _, grads = gradient(batch, OTHER, 0.0, name=name)
+    np.testing.assert_array_equal(grads["logits"], 0)
+    advantage = np.where(np.arange(batch.reward.shape[1]) == 0, 1.0, 0.0) + np.zeros(batch.reward.shape)
+    _, _, grads = gradient(batch.change(advantage=np.float32(advantage)), OTHER, 0.0, name=name)
+    assert np.abs(grads["logits"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo", "ppo", "nash_md"])
+def test_padding_moves_no_metric_no_loss_and_no_gradient(name):
+    batch = jax.device_get(batch_of(name)).change(fresh=np.zeros(len(batch_of(name).source), bool))
+    mask = batch.candidates.completion_mask
+    assert not mask.all()
+
+    def spoil(x):
+        return np.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 3)), x, np.float32(np.nan))
+
+    changes = {seen: jax.tree.map(spoil, getattr(batch, seen)) for seen in ("old", "ref")}
+    if batch.advantage is not None and batch.advantage.ndim == 3:
+        changes["advantage"] = spoil(batch.advantage)
+    tokens = np.where(mask, batch.candidates.completion, 3)
+    spoilt = batch.change(candidates=dataclasses.replace(batch.candidates, completion=tokens), **changes)
+    outcomes = [gradient(x, OTHER, name=name) for x in (spoilt, batch)]
+    chex.assert_trees_all_close(*outcomes, rtol=1e-6, atol=1e-7)
+
+
+def test_the_reward_lands_on_the_last_real_token():
+    batch = batch_of("ppo")
+    old = dataclasses.replace(batch.old, value=jnp.zeros_like(batch.old.value))
+    run = jax.jit(lambda batch: actor_critic(batch.reward, batch, beta=0.0, lam=0.0))
+    advantage, returns = run(batch.change(old=old))
+    ends = np.asarray(batch.mask.sum(-1)) - 1
+    assert len(set(ends.ravel().tolist())) > 1
+    for b, n in np.ndindex(ends.shape):
+        expected = np.where(np.arange(T) == ends[b, n], batch.reward[b, n], 0)
+        np.testing.assert_allclose(advantage[b, n], expected, rtol=1e-6)
+    np.testing.assert_array_equal(returns, advantage)
+    with pytest.raises(ValueError, match="view must give values"):
+        actor_critic(batch.reward, batch.change(old=dataclasses.replace(old, value=None)), beta=0.0)
+
+
+class TestLabels:
+    def test_pairs_put_the_chosen_first(self):
+        batch = batch_of("dpo_best_worst")
+        assert batch.reward.shape == (4, 2)
+        assert bool((batch.reward[:, 0] >= batch.reward[:, 1]).all())
+        np.testing.assert_array_equal(batch.where[:, 0], batch.reward[:, 0] > batch.reward[:, 1])
+        np.testing.assert_allclose(jax.jit(score)(batch.candidates).reward, batch.reward)
+
+    def test_noisy_labels_follow_the_odds(self):
+        batch = prepared(3, 0.5, name="dpo", num=512)
+        margin = np.asarray(batch.reward)[:, 0] - np.asarray(batch.reward)[:, 1]
+        gap = np.abs(margin)
+        right = (margin > 0)[gap > 0].mean()
+        assert right == pytest.approx((1 / (1 + np.exp(-gap[gap > 0]))).mean(), abs=0.07)
+
+    def test_a_sampler_that_is_not_the_reference_is_corrected(self):
+        method = get_method("tilted_mle")
+
+        @jax.jit
+        def run():
+            players = dataclasses.replace(loop.init_players(method, TABLE, TX), reference=OTHER)
+            drawn = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
+            _, batch = loop.prepare(method, players, drawn, score(drawn), jax.random.key(1), view=view, beta=0.5)
+            return drawn, score(drawn).reward, batch.reward, view(OTHER, drawn).token_logp
+
+        drawn, raw, corrected, ref_logp = jax.device_get(run())
+        ratio = np.where(drawn.completion_mask, ref_logp - drawn.old_token_logp, 0).sum(-1)
+        np.testing.assert_allclose(corrected, raw + 0.5 * ratio, rtol=1e-4, atol=1e-5)
+
+    def test_completions_cross_prompts(self):
+        batch = batch_of("var_printed")
+        assert batch.reward.shape == (4, 8)
+        own = batch.candidates.completion[:, 0]
+        for j in range(8):
+            np.testing.assert_array_equal(batch.candidates.completion[:, j], np.roll(own, -j, axis=0))
+        np.testing.assert_allclose(batch.ref.token_logp, jax.jit(view)(TABLE, batch.candidates).token_logp, rtol=1e-6)
+
+    def test_dynamic_sampling_drops_only_ties(self):
+        def half(candidates):
+            return Feedback(reward=jnp.where(jnp.arange(4)[:, None] < 2, 1.0, score(candidates).reward))
+
+        batch = batch_of("dapo", score=half)
+        np.testing.assert_array_equal(batch.where.any(-1), [False, False, True, True])
+
+    def test_feedback_that_is_missing_is_named(self):
+        bare = lambda c: Feedback(reward=score(c).reward)
+        for name, message in (("ttrl", "feedback must have answers"), ("safe_rlhf", "feedback must have a cost")):
+            with pytest.raises(ValueError, match=message):
+                jax.eval_shape(lambda: one_round(get_method(name), score=bare))  # noqa: B023
+
+
+class TestReference:
+    def test_updates_when_due_and_resets(self):
+        method = dataclasses.replace(
+            get_method("rloo"), reference=ReferenceUpdate(every=2, alpha=1.0, reset_optimizer=True)
+        )
+        play = jax.jit(lambda p: one_round(method, start=p)[0])
+        first = play(loop.init_players(method, TABLE, TX))
+        chex.assert_trees_all_equal(first.reference, TABLE)
+        second = play(first)
+        chex.assert_trees_all_equal(second.reference, second.state.params)
+        chex.assert_trees_all_equal(second.previous, first.state.params)
+        assert float(optax.tree.norm(second.state.opt_state[0].mu)) == 0
+        assert float(optax.tree.norm(first.state.opt_state[0].mu)) > 0
+
+
+def test_minibatches_epochs_and_probes():
+    method = dataclasses.replace(get_method("rloo"), epochs=2)
+    probe = lambda params: params["logits"].sum(-1)
+    options = {"minibatches": 2, "probe": probe, "probes": 4}
+    after, seen = jax.jit(lambda p: one_round(method, start=p, **options))(loop.init_players(method, TABLE, TX))
+    assert int(after.state.step) == 4
+    assert seen.shape == (4, P, V + 1)
+    np.testing.assert_allclose(seen[-1], probe(jax.device_get(after.state.params)), rtol=1e-5)
+    with pytest.raises(ValueError, match="minibatches must be at least 1, got 0"):
+        one_round(method, minibatches=0)
+
+
+def test_the_loop_scans_over_rounds_and_maps_over_beta():
+    """Online learning inside one jit: the stronger the KL term, the nearer the reference it stays."""
+    method = get_method("rloo")
+
+    def learn(beta, key):
+        def turn(players, key):
+            options = {"sample": sample, "score": score, "view": view, "tx": TX, "beta": beta}
+            return loop.play(method, players, prompts(16), key, **options)
+
+        return jax.lax.scan(turn, loop.init_players(method, TABLE, TX), jax.random.split(key, 60))[1]
+
+    metrics = jax.jit(jax.vmap(learn, (0, None)))(jnp.array([5.0, 0.2]), jax.random.key(0))
+    reward, kl = (np.asarray(metrics[name])[:, -10:].mean(1) for name in ("reward", "kl_k1"))
+    assert reward[1] > reward[0] + 0.3
+    assert kl[1] > 4 * kl[0] > 0
+
+
+class TestRecord:
+    def test_bad_fields_are_named(self):
+        loss = get_method("rloo").loss
+        for options, message in (
+            ({"draw": (("nobody", 2),)}, "draw must be one of"),
+            ({"draw": (("current", 0),)}, "draw must be at least 1, got 0"),
+            ({"feedback": "applause"}, "feedback must be one of"),
+            ({"optimum": "summit"}, "optimum must be one of"),
+            ({"units": "metres"}, "units must be one of"),
+            ({"epochs": 0}, "epochs must be at least 1, got 0"),
+            ({"cross": 2}, "cross must be 1 where a prompt has several candidates, got 2"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                Method("m", "nobody", loss, **options)
+        with pytest.raises(ValueError, match=r"method must be one of .*; got 'magic'"):
+            get_method("magic")
+
+    def test_schedules(self):
+        names = ("dpo", "tilted_mle_iterated", "rloo")
+        assert [get_method(name).schedule for name in names] == ["offline", "iterated", "online"]
+
+
+hidden = jax.jit(lambda model, c: model.hidden(c.prompt, c.prompt_mask, c.completion))
+STOPS = tuple(range(3, 32, 4))
+
+
+FILTERS = {"temperature": 0.8, "top_k": 8, "top_p": 0.6}
+
+
+@functools.cache
+def drawn_by_model(source="current"):
+    """Candidates of the tiny transformer; the reference is the policy itself."""
+    draw = model_sample(max_tokens=5, eos_id=STOPS, pad_id=0, **FILTERS)
+    players = loop.init_players(get_method("rloo"), tiny_model(), optax.sgd(0.1))
+    return jax.device_get(draw(jax.random.key(0), players, source, ragged_candidates(4), 4))
+
+
+class TestPolicy:
+    def test_log_probabilities_are_those_of_the_distribution_that_was_sampled(self):
+        """At the temperature, and with the filters."""
+        out = drawn_by_model()
+        states = np.float64(hidden(tiny_model(), out))
+        logp = log_softmax(states @ np.asarray(tiny_model().projection(), np.float64).T / 0.8, axis=-1)
+        seen = jax.jit(model_view(temperature=0.8))(tiny_model(), out)
+        for place in zip(*np.nonzero(out.completion_mask), strict=True):
+            token = out.completion[place]
+            assert float(seen.token_logp[place]) == pytest.approx(logp[place][token], abs=1e-4)
+            order = np.argsort(-logp[place])[:8]
+            p = np.exp(logp[place][order] - np.logaddexp.reduce(logp[place][order]))
+            kept = order[: 1 + np.searchsorted(np.cumsum(p), 0.6)]
+            assert token in kept
+            expected = logp[place][token] - np.logaddexp.reduce(logp[place][kept])
+            assert out.old_token_logp[place] == pytest.approx(expected, abs=1e-4)
+        assert len(set(out.completion_mask.sum(-1).ravel().tolist())) > 1
+
+    def test_the_mixture_of_a_policy_with_itself_is_the_policy(self):
+        ours, mixed = drawn_by_model(), drawn_by_model("mixture")
+        np.testing.assert_array_equal(mixed.completion, ours.completion)
+        np.testing.assert_allclose(mixed.old_token_logp, ours.old_token_logp, atol=1e-5)
+
+    def test_data_must_be_given(self):
+        with pytest.raises(ValueError, match="written must be given for the source 'data', got None"):
+            drawn_by_model("data")
+        with pytest.raises(ValueError, match="source must be one of"):
+            drawn_by_model("nobody")
+
+    def test_critics_read_the_hidden_state(self):
+        out = ragged_candidates(4)
+        params = with_critics(tiny_model(), features=16, num=2)
+        params["critic"]["kernel"] = jnp.ones((16, 2))
+        seen = jax.jit(model_view())(params, out)
+        states = np.asarray(hidden(tiny_model(), out))
+        np.testing.assert_allclose(seen.value, np.stack([states.sum(-1)] * 2, -1), atol=1e-4)
+
+    def test_the_exact_kl_along_the_prefix_beside_its_estimators(self):
+        part = dataclasses.replace(ragged_candidates(6, 3), where=np.arange(18).reshape(6, 3) % 4 > 0)
+        models = tiny_model(), tiny_model(1)
+        out = jax.jit(kl_along_prefixes)(*models, part)
+        laws = []
+        for model in models:
+            states = np.float64(hidden(model, part))
+            laws.append(log_softmax(states @ np.asarray(model.projection(), np.float64).T, axis=-1))
+        exact = (np.exp(laws[0]) * (laws[0] - laws[1])).sum(-1)
+        ratio = np.take_along_axis(laws[0] - laws[1], part.completion[..., None], axis=-1)[..., 0]
+        each = {"kl": exact, "k1": ratio, "k2": ratio**2 / 2, "k3": np.exp(-ratio) - 1 + ratio}
+        mask = part.completion_mask & part.where[..., None]
+        for name, value in each.items():
+            assert float(out[name].count) == part.where.sum()
+            assert float(out[name].mean) == pytest.approx(np.where(mask, value, 0).sum() / part.where.sum(), rel=1e-4)
