@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help align test lint bench parity theory docs clean
+.PHONY: help align arena test lint bench parity theory docs clean
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ lint: $(STAMP)  ## Lint, format, types and the direction of imports.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+arena: $(STAMP)  ## Fifty methods beside the exact optimum, into runs/arena (about 13 minutes on two cores).
+	$(BIN)/python -m experiments.arena --output=runs/arena
 
 theory: $(STAMP)  ## Every claim about the tilt, with its verdict, into runs/theory.md (under 8 minutes on two cores).
 	$(BIN)/python -m experiments.theory

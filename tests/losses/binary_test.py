@@ -78,6 +78,7 @@ class BCOTest(chex.TestCase):
         run = self.variant(lambda logp, ref, d: bco_loss(logp, ref, pair, d, beta=0.5).sum(-1))
         bound = run(LOGP[:, :2], REF_LOGP[:, :2], jnp.float32(shift))
         assert (bound > dpo_loss(LOGP[:, :2], REF_LOGP[:, :2], beta=0.5)).all()
+        np.testing.assert_array_equal(run(LOGP[:, :2], REF_LOGP[:, :2], shift), bound)
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_gradient_is_a_classifier_error(self):

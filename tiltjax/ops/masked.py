@@ -13,7 +13,7 @@ from tiltjax.types import Array, AxisName, Bool, Float
 __all__ = ["Average", "as_float", "average", "masked_mean", "masked_sum", "masked_var"]
 
 
-def as_float(x: Array) -> Array:
+def as_float(x: Array | float) -> Array:
     """``x`` in float32, or wider if it came wider: the precision inside every kernel."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
