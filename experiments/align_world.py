@@ -28,6 +28,7 @@ from tiltjax.samplers.resample import resample
 from tiltjax.tilt.weights import tilt
 from tiltjax.train import distributed
 from tiltjax.train.hardware import fast_dtype
+from tiltjax.train.learned_reward import load_reward_model
 from tiltjax.train.loop import fit
 from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, var_objective
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
@@ -38,6 +39,8 @@ from tiltjax.train.step import train_step
 __all__ = ["World", "prepare", "prompt_rows", "training_data", "tune"]
 
 PROMPTS = pathlib.Path(__file__).parent / "prompts"
+LEARNED = "model:"
+"""Before the directory of a reward model of `experiments.reward_model`."""
 QUEUE = 4
 """Batches of prompts that wait in one queue while ``sample_batch`` times N candidates are being decoded."""
 
@@ -140,7 +143,11 @@ def prompt_rows(source: str, wanted: int, *, seed: int) -> list:
 
 def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     """Loads everything, the cheap things that may fail first."""
-    reward = load_reward(config.reward)
+    learned, told = config.reward.startswith(LEARNED), None if config.compute_dtype == "auto" else config.compute_dtype
+    if learned:
+        reward: Any = load_reward_model(config.reward.removeprefix(LEARNED), compute_dtype=told)
+    else:
+        reward = load_reward(config.reward)
     wanted = config.num_prompts + config.num_eval_prompts
     rows = prompt_rows(config.prompts, wanted, seed=config.seed)
     if len(rows) < wanted:
@@ -181,7 +188,8 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     )
     train, held_out = rows[: config.num_prompts], rows[config.num_prompts : wanted]
     # Candidates are kept for a resumed run; an edited prompt file or another policy under the same name is refused.
-    parts = [config.fingerprint(), dtype, pretrained.fingerprint(model), text.tokenizer_fingerprint(tokenizer)]
+    parts = [reward.fingerprint] if learned else []
+    parts += [config.fingerprint(), dtype, pretrained.fingerprint(model), text.tokenizer_fingerprint(tokenizer)]
     made_of = "\n".join([*parts, *(repr(row) for row in rows[:wanted])])
     return World(
         config=config,

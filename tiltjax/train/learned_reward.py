@@ -1,0 +1,173 @@
+"""A trained reward model on disk, and as a reward that reads texts: what ``--reward=model:<directory>`` means."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tiltjax.data import candidates as batches
+from tiltjax.data import text
+from tiltjax.data.candidates import Candidates
+from tiltjax.models import heads, pretrained
+from tiltjax.models.heads import RewardModel
+from tiltjax.models.tensor_files import read_json, write_json
+from tiltjax.train.hardware import fast_dtype
+from tiltjax.train.reward_model import LIKELIHOOD, RewardSpec, make_reward
+from tiltjax.types import Array, Float
+
+__all__ = ["LearnedReward", "encode", "load_reward_model", "reward_all", "save_reward_model", "source_of"]
+
+_FILE = "reward.json"
+
+
+def encode(
+    tokenizer: text.Tokenizer, prompts: Sequence[text.Text], completions: Sequence[Sequence[text.Text]]
+) -> Candidates:
+    """Texts as a reward model reads them: every completion is encoded anew and ends in EOS, however it was written.
+
+    Args:
+      tokenizer: Of the model.
+      prompts: B texts or conversations.
+      completions: Of every prompt.
+
+    Returns:
+      `Candidates` of NumPy arrays.
+    """
+    each = [prompt for prompt, group in zip(prompts, completions, strict=True) for _ in group]
+    flat = text.encode_completions(tokenizer, [c for group in completions for c in group], prompts=each)
+    ends = np.cumsum([len(group) for group in completions]).tolist()
+    groups = [flat[end - len(group) : end] for end, group in zip(ends, completions, strict=True)]
+    return batches.from_tokens(text.encode_prompts(tokenizer, prompts), groups, pad_id=text.pad_id(tokenizer))
+
+
+def reward_all(
+    model: Any, candidates: Candidates, *, scorer: Callable[[Any, Candidates], Float[Array, "B N"]], batch_size: int
+) -> Float[np.ndarray, "B N"]:
+    """Rewards of any number of prompts, so many at a time.
+
+    Args:
+      model: What ``scorer`` takes.
+      candidates: B prompts with N completions each, NumPy.
+      scorer: From `tiltjax.train.reward_model.make_reward`.
+      batch_size: Prompts at a time; a short last batch is filled up with its own rows.
+
+    Returns:
+      Reward units.
+    """
+    parts = []
+    for start in range(0, len(candidates.prompt), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(candidates.prompt)))
+        value = scorer(model, batches.take(candidates, np.resize(rows, batch_size)))
+        parts.append(np.asarray(value)[: len(rows)])
+    return np.concatenate(parts)
+
+
+def source_of(policy: str) -> str | os.PathLike:
+    """What `tiltjax.models.pretrained.load` takes for a policy of the command line, where "smollm2" is the embedded."""
+    return text.find_embedded_gguf() if policy == "smollm2" else policy
+
+
+def save_reward_model(
+    model: Any, spec: RewardSpec, directory: str | os.PathLike, *, tokenizer: Any, overwrite: bool = False
+) -> None:
+    """Writes model, tokenizer and meaning; `load_reward_model` makes a reward of it.
+
+    Args:
+      model: From `new_model`, trained; adapters are merged.
+      spec: What it means.
+      directory: Where to.
+      tokenizer: Of the policy it was made from.
+      overwrite: Whether an existing model directory is replaced.
+
+    Raises:
+      FileExistsError: As `tiltjax.models.pretrained.save` does.
+    """
+    digest = hashlib.sha256()
+    if isinstance(model, RewardModel):
+        heads.save(model, directory, tokenizer=tokenizer, overwrite=overwrite)
+        digest.update(np.asarray(model.kernel[...]).tobytes() + np.asarray(model.bias[...]).tobytes())
+        digest.update(pretrained.fingerprint(model.backbone).encode())
+    else:
+        pretrained.save(model, directory, tokenizer=tokenizer, overwrite=overwrite)
+        digest.update(pretrained.fingerprint(model).encode())
+    if jax.process_index() == 0:
+        part = Path(directory) / f"{_FILE}.part"
+        write_json(part, {**dataclasses.asdict(spec), "fingerprint": digest.hexdigest()[:16]})
+        os.replace(part, part.with_suffix(""))
+
+
+class LearnedReward:
+    """A trained reward model as a reward: ``(prompts, completions) -> floats``, on texts.
+
+    Of a conversation a reward is told the user's last message only: train on such prompts what is to be used on them.
+
+    Attributes:
+      spec: What the model means.
+      fingerprint: Names the function that it computes.
+    """
+
+    def __init__(self, model: Any, reference: Any, spec: RewardSpec, tokenizer: Any, *, batch_size: int, name: str):
+        self._model, self._reference, self._tokenizer, self._batch_size = model, reference, tokenizer, batch_size
+        self._reward = make_reward(spec)
+        self.spec, self.fingerprint, self.__name__ = spec, "", name
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """One reward per completion; completions of one prompt that stand together are read in one row."""
+        at = [0, *(i for i in range(1, len(prompts)) if prompts[i] != prompts[i - 1]), len(prompts)]
+        each = math.gcd(*np.diff(at).tolist())
+        if self.spec.kind == "preference" and each < 2:
+            raise ValueError("a preference model compares the completions of a prompt: give each at least 2 of them")
+        rows = range(0, len(prompts), each)
+        asked = encode(self._tokenizer, [prompts[i] for i in rows], [completions[i : i + each] for i in rows])
+        # Few shapes, so few compilations, whatever comes.
+        widths = [batches.bucket_length(x.shape[-1], multiple=16) for x in (asked.prompt, asked.completion)]
+        asked = jax.tree.map(
+            lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, widths[x.ndim - 2] - x.shape[-1])]), asked
+        )
+        size = max(1, self._batch_size // each)
+        value = reward_all(self._model, asked, scorer=self._reward, batch_size=size)
+        if self._reference is not None:
+            value = value - reward_all(self._reference, asked, scorer=self._reward, batch_size=size)
+        return [float(x) - self.spec.offset for x in value.reshape(-1)]
+
+
+def load_reward_model(
+    directory: str | os.PathLike, *, batch_size: int = 32, compute_dtype: str | None = None
+) -> LearnedReward:
+    """Reads what `save_reward_model` wrote, as a reward.
+
+    Args:
+      directory: Of the model.
+      batch_size: Completions at a time.
+      compute_dtype: Operand type of the matrix products; None takes what this machine computes fast.
+
+    Returns:
+      `LearnedReward`, a reward like any other.
+
+    Raises:
+      FileNotFoundError: If a file is missing.
+      ValueError: If a file is damaged.
+    """
+    folder = Path(directory)
+    facts = read_json(folder / _FILE)
+    fingerprint = facts.pop("fingerprint", "")
+    try:
+        spec = RewardSpec(**{**facts, "separators": tuple(facts.get("separators", ()))})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / _FILE}: not a reward model ({error})") from None
+    options: dict[str, Any] = {"compute_dtype": compute_dtype or fast_dtype()}
+    reader = pretrained.load if spec.kind in LIKELIHOOD else heads.load
+    reference = pretrained.load(source_of(spec.reference), **options) if spec.kind == "dpo" else None
+    tokenizer = text.load_tokenizer(folder)
+    reward = LearnedReward(
+        reader(folder, **options), reference, spec, tokenizer, batch_size=batch_size, name=f"model:{directory}"
+    )
+    reward.fingerprint = hashlib.sha256(json.dumps([fingerprint, facts], sort_keys=True).encode()).hexdigest()[:16]
+    return reward
