@@ -238,6 +238,7 @@ def test_a_step_that_does_not_compile_is_one_line(monkeypatch):
 
 def test_the_committed_report_is_that_of_the_command():
     text = (ROOT / "docs" / "plan" / "report.md").read_text()
-    assert text.startswith("# One tilted_mle step of EleutherAI/pythia-6.9b on data:64,fsdp:4\n")
+    assert text.startswith("# One tilted_mle step of EleutherAI/pythia-6.9b on data:8,fsdp:32\n")
     assert f"{PUBLISHED['EleutherAI/pythia-6.9b']:,} parameters" in text
-    assert math.prod(plan.mesh_sizes(PlanConfig().mesh).values()) == 256
+    assert "--mesh=data:8,fsdp:32 --batch_size=1024" in text
+    assert math.prod(plan.mesh_sizes("data:8,fsdp:32").values()) == 256
