@@ -23,20 +23,18 @@ Bad input ends with one line and exit status 2; TILTJAX_TRACEBACK=1 shows the wh
 """
 
 import logging
-import os
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app
-from absl import logging as absl_logging
 
 from experiments import reporting
-from experiments.align_config import AlignConfig, check_run, open_run
+from experiments.align_config import FREE, AlignConfig, open_run
 from experiments.align_online import RECORDS, improve
 from experiments.align_world import World, prepare, tune
+from experiments.launch import check_run, program
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
 from tiltjax.models import pretrained
@@ -65,7 +63,7 @@ def warn_of_collapse(config: AlignConfig, reward: np.ndarray, ess: np.ndarray) -
 
 def run(config: AlignConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = check_run(config)
+    directory = check_run(config, free=FREE)
     world = prepare(config, directory)
     open_run(config)  # Not before: input that is refused leaves no run behind.
     drawn, _ = world.rollout("train", world.model, seed=0)
@@ -124,22 +122,14 @@ def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: T
     return results, samples
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags, runs, and turns bad input into one line and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    try:
-        config = from_flags(AlignConfig)
-        distributed.initialize(from_flags(Hosts))
-        compilation_cache(config.compilation_cache)
-        with distributed.ends_with_the_others():
-            run(config)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TILTJAX_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+@program
+def main() -> None:
+    """Reads the flags, joins the other hosts and runs."""
+    config = from_flags(AlignConfig)
+    distributed.initialize(from_flags(Hosts))
+    compilation_cache(config.compilation_cache)
+    with distributed.ends_with_the_others():
+        run(config)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import pathlib
 from experiments.align_online import RECORDS
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.train import distributed
-from tiltjax.train.config import field, load_config, save_config
+from tiltjax.train.config import field, save_config
 from tiltjax.train.hardware import compilation_cache_field
 
-__all__ = ["FREE", "METHODS", "AlignConfig", "check_run", "open_run"]
+__all__ = ["FREE", "METHODS", "AlignConfig", "open_run"]
 
 FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
 """Settings that move no number of a run."""
@@ -86,25 +86,8 @@ class AlignConfig:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_run(config: AlignConfig) -> pathlib.Path:
-    """The directory of the run, which must be new or, with ``resume``, of the same settings; writes nothing."""
-    directory = pathlib.Path(config.output)
-    saved = directory / "config.json"
-    if saved.exists():
-        if not config.resume:
-            raise ValueError(
-                f"{directory}: there is a run already; pass --resume to go on with it, or another --output"
-            )
-        old = load_config(AlignConfig, saved)
-        if old.fingerprint() != config.fingerprint():
-            pairs = zip(dataclasses.asdict(old).items(), dataclasses.asdict(config).values(), strict=True)
-            changed = ", ".join(f"{k} ({a} -> {b})" for (k, a), b in pairs if a != b and k not in FREE)
-            raise ValueError(f"{saved}: --resume with other settings: {changed}")
-    return directory
-
-
 def open_run(config: AlignConfig) -> None:
-    """Makes the directory and notes the settings in it, after every host has run `check_run`."""
+    """Makes the directory and notes the settings in it, after every host has run `experiments.launch.check_run`."""
     distributed.barrier("run checked")
     if distributed.is_main():
         directory = pathlib.Path(config.output)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,11 +56,19 @@ def record_of(name: str, *, num_candidates: int, steps: int) -> method.Method:
     return record
 
 
-def improve(world: Any) -> Transformer:
+def improve(world: Any, *, watch: Callable[[int, Transformer], None] | None = None) -> Transformer:
     """Plays all rounds; returns the policy with adapters merged.
 
     A round is a function of its number and of the players before it, which are the checkpoint: a run that is killed and
     resumed ends with the same bits.
+
+    Args:
+      world: Of `experiments.align_world.prepare`.
+      watch: Called with the number of rounds played and the policy, before each checkpoint is written: once more for
+        the same round if the run is killed in between.
+
+    Returns:
+      The policy after the last round.
     """
     config = world.config
     if jax.process_count() > 1:
@@ -84,6 +93,7 @@ def improve(world: Any) -> Transformer:
     folder = world.directory / "checkpoints"
     if config.resume and (first := checkpoint.latest(folder) or 0):
         players = checkpoint.restore(folder, first, players)
+    whole = lambda params: lora.merge(params if frozen is None else lora.combine(params, frozen))  # noqa: E731
     asked = _prompts(world)
     order = epoch_batches(config.num_prompts, config.batch_size, seed=config.seed)
     with (
@@ -109,9 +119,10 @@ def improve(world: Any) -> Transformer:
             bar.set_postfix_str(json.dumps({k: round(values[k], 3) for k in ("reward", "kl_k1")}))
             bar.update()
             if (r + 1) % config.checkpoint_every == 0 or r + 1 == rounds:
+                if watch is not None:
+                    watch(r + 1, whole(players.state.params))
                 saver.save(r + 1, players)
-    params = players.state.params
-    return lora.merge(params if frozen is None else lora.combine(params, frozen))
+    return whole(players.state.params)
 
 
 def _prompts(world: Any) -> Candidates:

@@ -19,19 +19,18 @@ import json
 import multiprocessing
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app
-from absl import logging as absl_logging
 from tqdm import tqdm
 
 from experiments import arena_report
 from experiments.arena_run import Budget, run
 from experiments.arena_world import World, WorldConfig, make_world
+from experiments.launch import program
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train.config import define_flags, field, from_flags
 from tiltjax.train.method import Method
@@ -159,20 +158,14 @@ def _read(path: pathlib.Path, fingerprint: str) -> dict[str, Any] | None:
     return found if found.pop("fingerprint") == fingerprint else None
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags, runs, and turns bad input into one line and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    try:
-        config = from_flags(ArenaConfig)
-        directory, methods = pathlib.Path(config.output), config.chosen()
-        world, budget = make_world(config.world()), config.budget()
-        results = compete(world, budget, methods, directory / "methods", workers=config.workers)
-        print(arena_report.write(directory, world, budget, results))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+@program
+def main() -> None:
+    """Reads the flags and runs."""
+    config = from_flags(ArenaConfig)
+    directory, methods = pathlib.Path(config.output), config.chosen()
+    world, budget = make_world(config.world()), config.budget()
+    results = compete(world, budget, methods, directory / "methods", workers=config.workers)
+    print(arena_report.write(directory, world, budget, results))
 
 
 if __name__ == "__main__":

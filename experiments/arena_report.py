@@ -1,7 +1,6 @@
 """Plots, table and page of `experiments.arena`."""
 
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -15,6 +14,7 @@ from experiments.arena_claims import Finding, Results, findings
 from experiments.arena_run import MEASURES, Budget
 from experiments.arena_world import World
 from experiments.reporting import STYLE
+from tiltjax.train.config import write_text
 from tiltjax.train.methods import FAMILIES
 
 __all__ = ["ranking", "write"]
@@ -45,8 +45,8 @@ def write(directory: pathlib.Path, world: World, budget: Budget, found: list[dic
         plt.close(figure)
     rows = ranking(results, found)
     table = _table(rows, budget.betas)
-    _write_text(directory / "results.json", json.dumps(_summary(rows, told, results), indent=1) + "\n")
-    _write_text(directory / "report.md", _page(world, budget, results, table, told))
+    write_text(directory / "results.json", json.dumps(_summary(rows, told, results), indent=1) + "\n")
+    write_text(directory / "report.md", _page(world, budget, results, table, told))
     return table
 
 
@@ -237,9 +237,3 @@ def _short(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 5)
     return [_short(x) for x in value] if isinstance(value, list) else value
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -23,9 +23,7 @@ images; give them a larger --features and --num_steps. Bad input ends with one l
 
 import dataclasses
 import functools
-import os
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -33,11 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app
-from absl import logging as absl_logging
 from tqdm import tqdm
 
 from experiments import digits_report, digits_world
 from experiments.digits_world import Images, Judge
+from experiments.launch import program
 from tiltjax.exact import gaussian
 from tiltjax.models.denoiser import Denoiser, DenoiserConfig
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
@@ -252,18 +250,10 @@ def run(config: DigitsConfig, *, progress: bool = True) -> dict[str, Any]:
     return results
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags, runs, and turns bad input into one line and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    try:
-        run(from_flags(DigitsConfig))
-    except (ValueError, OSError) as error:
-        if os.environ.get("TILTJAX_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+@program
+def main() -> None:
+    """Reads the flags and runs."""
+    run(from_flags(DigitsConfig))
 
 
 if __name__ == "__main__":

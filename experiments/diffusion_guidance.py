@@ -14,21 +14,19 @@ on two cores. Bad input ends with one line and exit status 2.
 
 import dataclasses
 import json
-import os
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app
-from absl import logging as absl_logging
 from tqdm import tqdm
 
 from experiments import guidance_report, guidance_world
+from experiments.launch import program
 from experiments.theory.claims import FAILED, Claim, at_most, equal, holds
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import define_flags, field, from_flags, save_config
+from tiltjax.train.config import define_flags, field, from_flags, save_config, write_text
 
 __all__ = ["GuidanceConfig", "judge", "run"]
 
@@ -173,23 +171,15 @@ def run(config: GuidanceConfig) -> tuple[dict[str, Any], list[Claim]]:
     facts = judge(results, quick=config.quick)
     guidance_report.write(directory, config, results, facts)
     results["facts"] = [dataclasses.asdict(fact) for fact in facts]
-    (directory / "results.json").write_text(json.dumps(guidance_report.plain(results), indent=1) + "\n")
+    write_text(directory / "results.json", json.dumps(guidance_report.plain(results), indent=1) + "\n")
     return results, facts
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags, runs, and turns bad input into one line and exit status 2, a failed fact into 1."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    try:
-        _, facts = run(from_flags(GuidanceConfig))
-    except (ValueError, OSError) as error:
-        if os.environ.get("TILTJAX_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(any(fact.verdict == FAILED for fact in facts))
+@program
+def main() -> bool:
+    """Reads the flags and runs; the exit status is 1 if a fact fails."""
+    _, facts = run(from_flags(GuidanceConfig))
+    return any(fact.verdict == FAILED for fact in facts)
 
 
 if __name__ == "__main__":

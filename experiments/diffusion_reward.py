@@ -23,9 +23,7 @@ Bad input ends with one line and exit status 2.
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,12 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app
-from absl import logging as absl_logging
 from tqdm import tqdm
 
 from experiments import diffusion_digits, digits_world
 from experiments import diffusion_stages as stages
-from experiments.digits_report import command, image_grid, write_text
+from experiments.digits_report import image_grid
+from experiments.launch import command, program
 from experiments.reporting import STYLE, plt
 from tiltjax.exact import bandit
 from tiltjax.models.denoiser import Denoiser
@@ -48,7 +46,7 @@ from tiltjax.samplers.resample import resample
 from tiltjax.tilt.divergence import tilt_kl, tilted_reward
 from tiltjax.tilt.temperature import beta_for_kl
 from tiltjax.tilt.weights import tilt
-from tiltjax.train.config import define_flags, field, from_flags, save_config
+from tiltjax.train.config import define_flags, field, from_flags, save_config, write_text
 from tiltjax.types import Array
 
 __all__ = ["METHODS", "RewardConfig", "run"]
@@ -369,18 +367,10 @@ def _table(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags, runs, and turns bad input into one line and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    try:
-        run(from_flags(RewardConfig))
-    except (ValueError, OSError) as error:
-        if os.environ.get("TILTJAX_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+@program
+def main() -> None:
+    """Reads the flags and runs."""
+    run(from_flags(RewardConfig))
 
 
 if __name__ == "__main__":

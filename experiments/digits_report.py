@@ -1,18 +1,17 @@
 """Grids of samples, plots and `report.md` of `experiments.diffusion_digits`."""
 
-import dataclasses
 import json
-import os
 import pathlib
-import shlex
 from typing import Any
 
 import numpy as np
 
 from experiments.digits_world import Images
+from experiments.launch import command
 from experiments.reporting import STYLE, plt
+from tiltjax.train.config import write_text
 
-__all__ = ["command", "image_grid", "write", "write_text"]
+__all__ = ["image_grid", "write"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
@@ -104,23 +103,6 @@ def figures_plot(path: pathlib.Path, results: dict[str, Any]) -> None:
         axes[0, 1].set_title("classifier-free guidance", fontsize=9)
         fig.savefig(path)
         plt.close(fig)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def command(module: str, config: Any) -> str:
-    """What to type to get this run."""
-    words = [
-        shlex.quote(f"--{f.name}={getattr(config, f.name)}")
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default
-    ]
-    return " ".join([f"python -m experiments.{module}", *words])
 
 
 def _count(name: str) -> str:

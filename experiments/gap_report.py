@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import shlex
 from typing import Any
 
 import numpy as np
 
 from experiments.gap_world import Task
+from experiments.launch import command
 from experiments.reporting import STYLE, plt
+from tiltjax.train.config import write_text
 
 __all__ = ["THRESHOLDS", "Threshold", "Verdict", "caveats", "judge", "save", "write"]
 
@@ -157,14 +157,14 @@ def write(directory: pathlib.Path, config: Any, results: dict[str, Any], tasks: 
         gap_plot(directory / "gap.png", results, tasks)
         objective_plot(directory / "objective.png", results)
     table = _verdict_table(verdicts)
-    _write_text(directory / "report.md", _report(config, results, table))
+    write_text(directory / "report.md", _report(config, results, table))
     save(directory, results)
     print("\n" + table + f"\n\nreport: {directory / 'report.md'}")
 
 
 def save(directory: pathlib.Path, results: dict[str, Any]) -> None:
     """Writes ``results.json``; an interrupted run keeps the tasks that it has finished."""
-    _write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def gap_plot(path: pathlib.Path, results: dict[str, Any], tasks: dict[str, Task]) -> None:
@@ -242,11 +242,6 @@ def _verdict_table(verdicts: list[Verdict]) -> str:
 
 def _report(config: Any, results: dict[str, Any], verdicts: str) -> str:
     tasks, recipe = results["tasks"], results["recipe"]
-    arguments = " ".join(
-        shlex.quote(f"--{f.name}={getattr(config, f.name)}")
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default
-    )
     nll = [[label, *(_mean(t["nll"][k]) for k in ("oracle", "global", "local", "dpo"))] for label, t in tasks.items()]
     J = [[label, *(_mean(t["objective"][k]) for k in (*STAGES, "optimum"))] for label, t in tasks.items()]
     gaps = [
@@ -308,7 +303,7 @@ def _report(config: Any, results: dict[str, Any], verdicts: str) -> str:
         "chosen w - T|; the network is shown the prefix as the weights it has chosen (subsetbitsH: as bits). linearH: "
         "tokens of value +-(x U)_h, x normal in 6 dimensions. lookupHpP: matches with one of P hidden completions. "
         "Tasks are named with their number of preference pairs. References: Swamy et al., 2025, arXiv:2503.01067.",
-        f"```\npython -m experiments.generation_verification_gap {arguments}\n```",
+        f"```\n{command('generation_verification_gap', config)}\n```",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -323,9 +318,3 @@ def _signed(values: list[float]) -> str:
 
 def _mean(values: list[float]) -> str:
     return f"{np.mean(values):.3f}"
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -18,9 +18,7 @@ single ones. Bad input ends with one line and exit status 2.
 """
 
 import dataclasses
-import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,12 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app
-from absl import logging as absl_logging
 from tqdm import tqdm
 
 from experiments import gap_report, gap_stages
 from experiments.gap_stages import Recipe, Schedule
 from experiments.gap_world import Task, parse_tasks
+from experiments.launch import program
 from tiltjax.exact import gap
 from tiltjax.exact.tree import completions
 from tiltjax.ops.checks import check_at_least
@@ -163,18 +161,10 @@ def run(config: GapConfig) -> dict[str, Any]:
     return results
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags, runs, and turns bad input into one line and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    try:
-        run(from_flags(GapConfig))
-    except (ValueError, OSError) as error:
-        if os.environ.get("TILTJAX_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+@program
+def main() -> None:
+    """Reads the flags and runs."""
+    run(from_flags(GapConfig))
 
 
 if __name__ == "__main__":

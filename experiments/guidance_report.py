@@ -1,9 +1,6 @@
 """Plots, tables and `report.md` of `experiments.diffusion_guidance`."""
 
-import dataclasses
-import os
 import pathlib
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +10,10 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments.launch import command
 from experiments.reporting import STYLE
 from experiments.theory.claims import PALETTE, Claim, table
+from tiltjax.train.config import write_text
 
 __all__ = ["plain", "write"]
 
@@ -39,9 +38,7 @@ def write(directory: pathlib.Path, config: Any, results: dict[str, Any], facts: 
             plt.close(figure)
     rows = table(facts).replace("| claim | formula |", "| claim | what is computed |")
     report = directory / "report.md"
-    part = report.with_suffix(".part")
-    part.write_text(_report(config, results, rows))
-    os.replace(part, report)
+    write_text(report, _report(config, results, rows))
     print(f"\n{rows}\n\nreport: {report}")
 
 
@@ -167,11 +164,6 @@ def plane_plot(results: dict[str, Any]) -> Any:
 
 def _report(config: Any, results: dict[str, Any], rows: str) -> str:
     particles = results["particles"]
-    arguments = " ".join(
-        shlex.quote(f"--{f.name}={getattr(config, f.name)}")
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default
-    )
     header = "| particles are weighed by | mean of Z-hat / Z (standard error) | its deviation | resamplings |"
     smc = [header, "| --- | --- | --- | --- |"]
     for name, found in particles["estimates"].items():
@@ -208,6 +200,6 @@ def _report(config: Any, results: dict[str, Any], rows: str) -> str:
         "\n".join(smc),
         "Sources: Ho and Salimans, 2022, arXiv:2207.12598; Jiao, Chen and Li, 2025, arXiv:2509.04372; Verdun et al., "
         "2025, arXiv:2505.03156; Wu et al., 2023, arXiv:2306.17775; Singhal et al., 2025, arXiv:2501.06848.",
-        f"```\n{' '.join(['python -m experiments.diffusion_guidance', arguments]).strip()}\n```",
+        f"```\n{command('diffusion_guidance', config)}\n```",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"

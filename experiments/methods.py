@@ -17,6 +17,8 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments.launch import program
+
 __all__ = ["ROLES", "public_functions", "render"]
 
 COVERED = (
@@ -255,10 +257,9 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def main(argv: list[str]) -> None:
+@program
+def main() -> None:
     """Writes the page."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     path = pathlib.Path(flags.FLAGS.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render())

@@ -26,13 +26,14 @@ from typing import Any
 
 from absl import app
 
+from experiments.launch import program
 from experiments.plan_chips import CHIPS, Prediction, predict
 from experiments.plan_hlo import Collective
 from experiments.plan_report import render
 from experiments.plan_shapes import SHAPES, Shape, policy_config
 from tiltjax.models.config import REMAT
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import define_flags, field, from_flags
+from tiltjax.train.config import define_flags, field, from_flags, write_text
 
 __all__ = ["PlanConfig", "compile_elsewhere", "job", "predictions", "run", "validate"]
 
@@ -183,25 +184,18 @@ def run(config: PlanConfig) -> dict[str, Any]:
     results = {"config": dataclasses.asdict(config), **result, "chips": chips, "validation": checks}
     directory = pathlib.Path(config.output)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(directory / "results.json", json.dumps(results, indent=1) + "\n")
     parts = render(config, result, predicted, checks)
-    (directory / "report.md").write_text("\n\n".join(parts) + "\n")
+    write_text(directory / "report.md", "\n\n".join(parts) + "\n")
     print("\n\n".join(part for part in parts if part.startswith(("#", "|"))))
     print(f"\nreport: {directory / 'report.md'}")
     return results
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags, runs, and turns bad input into one line and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    try:
-        run(from_flags(PlanConfig))
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TILTJAX_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+@program
+def main() -> None:
+    """Reads the flags and runs."""
+    run(from_flags(PlanConfig))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """The report of `experiments.plan`, paragraph by paragraph."""
 
-import dataclasses
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.launch import command
 from experiments.plan_chips import CHIPS, Prediction
 
 __all__ = ["render"]
@@ -52,7 +51,7 @@ def render(
         parts += ["## Datasheets", _datasheet(predicted)]
     if checks:
         parts += ["## Held to what can be measured here", *_validation(checks)]
-    return [*parts, "## Command", f"```\npython -m experiments.plan {_flags(config)}\n```"]
+    return [*parts, "## Command", f"```\n{command('plan', config)}\n```"]
 
 
 _READING = """\
@@ -164,11 +163,6 @@ def _validation(checks: Mapping[str, list[dict[str, Any]]]) -> list[str]:
         "state and ran two steps (float32):",
         _table(("policy", "mesh", "B x N x S x T", "planned", "measured", "planned / measured"), memory),
     ]
-
-
-def _flags(config: Any) -> str:
-    changed = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    return " ".join(shlex.quote(f"--{f.name}={getattr(config, f.name)}") for f in changed)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import shlex
-import sys
 from typing import Any
 
 import jax
@@ -15,7 +12,9 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments.launch import command
 from tiltjax.tilt.weights import tilt
+from tiltjax.train.config import write_text
 from tiltjax.train.evaluate import Point, PromptEstimates
 
 __all__ = ["COLOURS", "STYLE", "write"]
@@ -61,12 +60,12 @@ def write(
       reward: Of the candidates of the training prompts, ``[P, N]``.
       train: Estimates from them.
     """
-    _write_text(directory / "results.json", json.dumps(_plain(results), indent=2) + "\n")
+    write_text(directory / "results.json", json.dumps(_plain(results), indent=2) + "\n")
     with plt.rc_context(STYLE):
         frontier_plot(directory / "frontier.png", config, results)
         ess_plot(directory / "ess.png", config, reward, train)
     table = frontier_table(results)
-    _write_text(directory / "report.md", _report(config, results, samples, table, train))
+    write_text(directory / "report.md", _report(config, results, samples, table, train))
     print("\n" + table + "\n")
     print(_verdict(config, results))
     print(f"\nreport: {directory / 'report.md'}")
@@ -153,11 +152,6 @@ def _verdict(config: Any, results: dict) -> str:
 
 
 def _report(config: Any, results: dict, samples: list[dict], table: str, train: PromptEstimates) -> str:
-    command = " ".join(
-        shlex.quote(f"--{f.name}={getattr(config, f.name)}")
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default and f.name != "resume"
-    )
     parts = [
         f"# {config.policy} tilted towards {config.reward} by {config.method}",
         f"p*(y|x) = ref(y|x) exp(reward / {config.beta:g}) / Z(x), N = {config.num_candidates} candidates per prompt, "
@@ -186,7 +180,7 @@ def _report(config: Any, results: dict, samples: list[dict], table: str, train: 
                 completion = " ".join(value[0].split())
                 lines.append(f"* {name} ({value[1]:+.2f}): {completion}")
         parts.append("\n".join(lines))
-    parts += ["## Command", f"```\npython -m experiments.align {command}\n```"]
+    parts += ["## Command", f"```\n{command('align', config, free=('resume',))}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -204,10 +198,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
-    sys.stdout.flush()

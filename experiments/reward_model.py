@@ -21,27 +21,25 @@ Bad input ends with one line and exit status 2; TILTJAX_TRACEBACK=1 shows the wh
 
 import dataclasses
 import functools
-import os
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 from absl import app
-from absl import logging as absl_logging
 
 from experiments import reward_report
 from experiments.align_config import AlignConfig
 from experiments.align_world import World, prepare
+from experiments.launch import check_run, program
 from experiments.reward_report import Verdict
 from experiments.reward_world import Split, drawn_split, file_splits, judge, newline_tokens
 from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models import lora
 from tiltjax.models.heads import RewardModel, is_trainable
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
-from tiltjax.train.config import define_flags, field, from_flags, load_config, save_config
+from tiltjax.train.config import define_flags, field, from_flags, save_config
 from tiltjax.train.hardware import compilation_cache, compilation_cache_field
 from tiltjax.train.learned_reward import reward_all, save_reward_model
 from tiltjax.train.loop import fit
@@ -153,8 +151,7 @@ def kinds_of(config: RewardConfig) -> tuple[str, ...]:
 
 def run(config: RewardConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = pathlib.Path(config.output)
-    _check_run(config, directory)
+    directory = check_run(config, free=FREE)
     if jax.process_count() > 1:
         raise ValueError("experiments.reward_model runs on one host")
     world = prepare(config.align(), directory)
@@ -272,33 +269,12 @@ def _spec(config: RewardConfig, world: World, kind: str) -> RewardSpec:
     return RewardSpec(kind=kind, beta=beta, reference=config.policy if kind == "dpo" else "", **steps)
 
 
-def _check_run(config: RewardConfig, directory: pathlib.Path) -> None:
-    saved = directory / "config.json"
-    if not saved.exists():
-        return
-    if not config.resume:
-        raise ValueError(f"{directory}: there is a run already; pass --resume to go on with it, or another --output")
-    pairs = zip(dataclasses.asdict(load_config(RewardConfig, saved)).items(), dataclasses.asdict(config).values(),
-                strict=True)  # fmt: skip
-    changed = ", ".join(f"{k} ({a} -> {b})" for (k, a), b in pairs if a != b and k not in FREE)
-    if changed:
-        raise ValueError(f"{saved}: --resume with other settings: {changed}")
-
-
-def main(argv: list[str]) -> None:
-    """Reads the flags, runs, and turns bad input into one line and exit status 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    try:
-        config = from_flags(RewardConfig)
-        compilation_cache(config.compilation_cache)
-        run(config)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TILTJAX_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+@program
+def main() -> None:
+    """Reads the flags and runs."""
+    config = from_flags(RewardConfig)
+    compilation_cache(config.compilation_cache)
+    run(config)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.launch import command
 from experiments.reporting import STYLE, plt
 from experiments.reward_world import Split
 from tiltjax.losses.reward_model import bradley_terry_loss, labelled_steps, outcome_loss, process_loss
 from tiltjax.ops.masked import masked_mean
 from tiltjax.ops.order import expected_max
+from tiltjax.train.config import write_text
 from tiltjax.train.metrics import Interval, bootstrap_interval
 from tiltjax.train.reward_model import Reading, RewardSpec
 from tiltjax.types import Array, Float
@@ -228,13 +228,13 @@ def write(directory: pathlib.Path, config: Any, verdicts: list[Verdict], *, agre
       What is in ``results.json``.
     """
     results: dict[str, Any] = {"models": {v.kind: dataclasses.asdict(v) for v in verdicts}, "agreement": agreement}
-    _write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     with plt.rc_context(STYLE):
         _length_plot(directory / "length.png", verdicts)
         if verdicts[0].curve:
             _curve_plot(directory / "best_of_n.png", config, verdicts)
     table = _table(verdicts)
-    _write_text(directory / "report.md", _report(config, verdicts, table, agreement))
+    write_text(directory / "report.md", _report(config, verdicts, table, agreement))
     print(f"\n{table}\n\nreport: {directory / 'report.md'}")
     return results
 
@@ -300,12 +300,6 @@ def _named(name: str) -> str:
 
 def _report(config: Any, verdicts: list[Verdict], table: str, agreement: float | None) -> str:
     source = config.data or f"completions of {config.policy} for the prompts {config.prompts!r}"
-    free = ("resume", "output")
-    command = " ".join(
-        shlex.quote(f"--{f.name}={getattr(config, f.name)}")
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default and f.name not in free
-    )
     parts = [
         f"# Reward models from {source}",
         table,
@@ -331,11 +325,5 @@ def _report(config: Any, verdicts: list[Verdict], table: str, agreement: float |
             "which is unbiased; bands are the intervals.",
         ]
     parts += ["![reward against length](length.png)", "Rewards by length, in bins of equally many completions."]
-    parts.append(f"## Command\n\n```\npython -m experiments.reward_model {command}\n```".replace(" \n", "\n"))
+    parts.append(f"## Command\n\n```\n{command('reward_model', config, free=('resume', 'output'))}\n```")
     return "\n\n".join(parts) + "\n"
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)

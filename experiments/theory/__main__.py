@@ -11,9 +11,9 @@ import pathlib
 import sys
 
 from absl import app
-from absl import logging as absl_logging
 from tqdm import tqdm
 
+from experiments.launch import program
 from experiments.theory import claims
 from tiltjax.train.config import define_flags, field, from_flags
 
@@ -58,17 +58,11 @@ def families(names: list[str]) -> list[claims.Family]:
     return [importlib.import_module(f"experiments.theory.{name}").FAMILY for name in names or FAMILIES]
 
 
-def main(argv: list[str]) -> None:
-    """Runs the families and writes the index page."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    absl_logging.set_verbosity(absl_logging.WARNING)
+@program
+def main() -> bool:
+    """Runs the families and writes the index page; the exit status is 1 if a claim fails."""
     config = from_flags(TheoryConfig)
-    try:
-        chosen = families([name for name in config.only.split(",") if name])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    chosen = families([name for name in config.only.split(",") if name])
     output = pathlib.Path(config.output)
     pages, judged = [], {}
     for family in tqdm(chosen, desc="families", disable=None):
@@ -81,7 +75,7 @@ def main(argv: list[str]) -> None:
     for claim in failed:
         print(f"FAILED: {claim.claim}: {claim.formula} = {claim.computed}, expected {claim.expected}", file=sys.stderr)
     print(f"report: {output / 'theory.md'}")
-    sys.exit(bool(failed))
+    return bool(failed)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 import dataclasses
 import math
-import os
 import pathlib
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,12 +11,13 @@ from typing import Any
 import jax
 import matplotlib as mpl
 from absl import app, flags
-from absl import logging as absl_logging
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments.launch import program
 from experiments.reporting import STYLE
+from tiltjax.train.config import write_text
 
 __all__ = [
     "FAILED",
@@ -172,7 +171,7 @@ def run(family: Family, directory: pathlib.Path, *, fast: bool = False) -> tuple
     sources = "Sources: " + "; ".join(family.sources) + "."
     body = "\n\n".join([f"# {family.title}", family.text.strip(), table(claims), *images, sources])
     command = f"python -m experiments.theory.{family.name}" + (" --fast" if fast else "")
-    _write(directory / "report.md", f"{body}\n\n```\n{command}\n```\n")
+    write_text(directory / "report.md", f"{body}\n\n```\n{command}\n```\n")
     counts = {v: sum(c.verdict == v for c in claims) for v in (*VERDICTS, FAILED)}
     told = ", ".join(f"{n} {v}" for v, n in counts.items() if n)
     print(f"{family.name}: {told} ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -217,20 +216,12 @@ def main(family: Family) -> None:
     flags.DEFINE_string("output", f"runs/theory/{family.name}", "Directory for report.md and its figures.")
     flags.DEFINE_bool("fast", False, "Leave out whatever takes more than a few seconds.")
 
-    def start(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        absl_logging.set_verbosity(absl_logging.WARNING)
+    @program
+    def start() -> bool:
         directory = pathlib.Path(flags.FLAGS.output)
         _, claims = run(family, directory, fast=flags.FLAGS.fast)
         print(table(claims))
         print(f"\nreport: {directory / 'report.md'}")
-        sys.exit(any(c.verdict == FAILED for c in claims))
+        return any(c.verdict == FAILED for c in claims)
 
     app.run(start)
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from absl import flags
 
-__all__ = ["define_flags", "field", "from_flags", "load_config", "save_config"]
+__all__ = ["define_flags", "field", "from_flags", "load_config", "save_config", "write_text"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -58,8 +58,13 @@ def from_flags(config_class: type[ConfigT]) -> ConfigT:
 
 def save_config(config: Any, path: str | os.PathLike) -> None:
     """Writes the fields as JSON, atomically."""
+    write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file whole or not at all."""
     part = pathlib.Path(path).with_suffix(".part")
-    part.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    part.write_text(text)
     os.replace(part, path)
 
 

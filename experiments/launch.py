@@ -1,0 +1,99 @@
+"""What every experiment does around its job: the command line, the run directory, the command that made a report."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Collection
+from typing import Any
+
+from absl import app
+from absl import logging as absl_logging
+
+from tiltjax.train.config import load_config
+
+__all__ = ["check_run", "command", "program"]
+
+
+def program(job: Callable[[], Any]) -> Callable[[list[str]], None]:
+    """Makes a job the ``main`` of `absl.app.run`.
+
+    Bad input ends in one line and exit status 2, or with ``TILTJAX_TRACEBACK`` set in a traceback.
+
+    Args:
+      job: Reads its flags and runs; what it returns, if anything but None, is the exit status.
+
+    Returns:
+      ``main(argv)``.
+    """
+
+    @functools.wraps(job)
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        absl_logging.set_verbosity(absl_logging.WARNING)
+        try:
+            status = job()
+        except (ValueError, OSError, ImportError) as error:
+            if os.environ.get("TILTJAX_TRACEBACK"):
+                raise
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+        if status is not None:
+            sys.exit(status)
+
+    return main
+
+
+def check_run(config: Any, *, free: Collection[str]) -> pathlib.Path:
+    """The directory of a run, which must be new or, with ``resume``, of the same settings; writes nothing.
+
+    Args:
+      config: With the fields ``output`` and ``resume``.
+      free: Fields that may differ from those of the run that is there.
+
+    Returns:
+      ``config.output`` as a path.
+
+    Raises:
+      ValueError: If there is a run and ``resume`` is off, or other settings made it.
+    """
+    directory = pathlib.Path(config.output)
+    saved = directory / "config.json"
+    if not saved.exists():
+        return directory
+    if not config.resume:
+        raise ValueError(f"{directory}: there is a run already; pass --resume to go on with it, or another --output")
+    pairs = zip(
+        dataclasses.asdict(load_config(type(config), saved)).items(), dataclasses.asdict(config).values(), strict=True
+    )
+    changed = ", ".join(f"{name} ({a} -> {b})" for (name, a), b in pairs if a != b and name not in free)
+    if changed:
+        raise ValueError(f"{saved}: --resume with other settings: {changed}")
+    return directory
+
+
+def command(module: str, config: Any, *, free: Collection[str] = ()) -> str:
+    """What to type to get a run: the flags that differ from their defaults.
+
+    Args:
+      module: Below ``experiments``.
+      config: The run's dataclass.
+      free: Fields that do not belong to the command.
+
+    Returns:
+      One line.
+
+    Example:
+      >>> from experiments.generation_verification_gap import GapConfig
+      >>> command("generation_verification_gap", GapConfig(num_seeds=2))
+      'python -m experiments.generation_verification_gap --num_seeds=2'
+    """
+    words = [
+        shlex.quote(f"--{f.name}={getattr(config, f.name)}")
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != f.default and f.name not in free
+    ]
+    return " ".join([f"python -m experiments.{module}", *words])
