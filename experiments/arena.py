@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,7 +31,7 @@ from experiments.arena_run import Budget, run
 from experiments.arena_world import World, WorldConfig, make_world
 from experiments.launch import program
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import define_flags, field, from_flags
+from tiltjax.train.config import define_flags, field, from_flags, write_text
 from tiltjax.train.method import Method
 from tiltjax.train.methods import METHODS, get_method
 
@@ -110,9 +109,7 @@ def compete(world: World, budget: Budget, methods: Sequence[Method], folder: pat
     with tqdm(total=len(methods), initial=len(methods) - len(missing), desc="arena", unit="method") as bar:
         for name, result in _results(world, budget, missing, workers):
             bar.set_postfix_str(name)
-            part = folder / f"{name}.part"
-            part.write_text(json.dumps({"fingerprint": marks[name], **result}))
-            os.replace(part, folder / f"{name}.json")
+            write_text(folder / f"{name}.json", json.dumps({"fingerprint": marks[name], **result}))
             found[name] = result
             bar.update()
     return [found[method.name] for method in methods]

@@ -2,15 +2,9 @@
 
 import os
 
-# Compiling is what tests spend their time on: little optimisation, the same semantics.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
-)
+from tests.compiler import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 

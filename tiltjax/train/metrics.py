@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tiltjax.ops.checks import check_at_least
+from tiltjax.train.config import write_text
 from tiltjax.types import Array, Float
 
 __all__ = ["Interval", "MetricsWriter", "bootstrap_interval"]
@@ -32,9 +33,7 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [] if resume_step is None or not path.exists() else _whole_lines(path, resume_step)
-        part = path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(part, path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
 

@@ -1,0 +1,33 @@
+"""How the compiler is set for tests, before JAX is imported."""
+
+import importlib.util
+import mmap
+import os
+import pathlib
+
+__all__ = ["xla_flags"]
+
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+"""Compiling is what tests spend their time on: little optimisation, the same semantics."""
+
+EMITTERS = "xla_cpu_use_fusion_emitters"
+"""Off, programs are compiled in half the time. A compiler ends the process at a flag that it does not know."""
+
+
+def xla_flags() -> str:
+    """``XLA_FLAGS`` of the tests, behind those that are set."""
+    quick = [f"--{EMITTERS}=false"] if _known(EMITTERS) else []
+    return " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS, *quick])
+
+
+def _known(flag: str) -> bool:
+    spec = importlib.util.find_spec("jaxlib")
+    library = pathlib.Path(spec.origin if spec and spec.origin else "").parent / "libjax_common.so"
+    if not library.exists():
+        return False
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(flag.encode()) >= 0
