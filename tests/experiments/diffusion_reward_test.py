@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import diffusion_reward as experiment
+from experiments import diffusion_reward_report
 from experiments import diffusion_stages as stages
 from tiltjax.ops import schedule
 from tiltjax.samplers import denoise
@@ -173,7 +174,7 @@ def test_run_has_every_method_and_its_figures(finished):
     with open(f"{config.output}/report.md") as file:
         report = file.read()
     for name in ("tilt", "final", "weighted"):
-        assert experiment.METHODS[name][0] in report
+        assert diffusion_reward_report.METHODS[name][0] in report
     # Soft best-of-N climbs the frontier of the same pool, and never above it.
     curve = next(p["curve"] for p in results["points"] if p["method"] == "final")
     assert np.all(np.diff([q["kl"] for q in curve]) > 0)
