@@ -27,11 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     for name in given.cases.split(","):
         job = Job("tiltjax", case_named(name), given.shape, "auto", repeats=1)
-        with tempfile.TemporaryDirectory(
-            ignore_cleanup_errors=True
-        ) as folder:  # One lap is no timing: its row is not kept among the timings.
+        # One lap is no timing: its row is not kept among the timings.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             variables = {"TILTJAX_BENCH_RESULTS": folder}
-            row, _why = start(job, run=given.run, limit=given.limit, environment=variables)
+            row, why = start(job, run=given.run, limit=given.limit, environment=variables)
         if row is None:
             print(f"{job.label}: {why}", flush=True)
             continue

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from tiltjax.ops.tokens import sequence_logp
 from tiltjax.samplers.best_of_n import soft_best_of_n
 from tiltjax.train.hardware import compilation_cache, fast_dtype
 from tiltjax.train.objectives import likelihood_objective, method_kernel, sft_objective
-from tiltjax.train.rollout import make_sampler, make_scorer, narrow
+from tiltjax.train.rollout import make_sampler, make_scorer
 from tiltjax.train.state import TrainState, init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Params, PRNGKey
@@ -33,8 +34,11 @@ DTYPES = ("auto", "bfloat16", "float32")
 """Operands of the matrix products; "auto" is what this machine has units for, as in `experiments.align`."""
 
 
-def model_of(shape: str, dtype: str, *, remat: str = "dots", **settings: Any) -> Transformer:
-    """A model of a named shape with random float32 parameters."""
+def model_of(shape: str, dtype: str, *, remat: str = "dots", decoding: bool = False, **settings: Any) -> Transformer:
+    """A model of a named shape with random parameters: float32, or for decoding in the type they are multiplied in.
+
+    Made array by array: drawn in one program, all of them would be held several times over.
+    """
     s = SHAPES[shape]
     config = TransformerConfig(
         vocab_size=s.vocab_size,
@@ -49,7 +53,24 @@ def model_of(shape: str, dtype: str, *, remat: str = "dots", **settings: Any) ->
         remat=remat,
         **settings,
     )
-    return jax.jit(Transformer, static_argnums=1)(jax.random.key(0), config)
+    keys = map(jax.random.key, itertools.count())
+
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names = {getattr(key, "name", None) for key in path}
+        if names & {"scale", "bias"}:
+            return jnp.full(leaf.shape, float("scale" in names), leaf.dtype)
+        return _normal(next(keys), leaf.shape, leaf.dtype, s.features**-0.5)
+
+    def new() -> Transformer:
+        model = Transformer(jax.random.key(0), config)
+        return model.cast(config.compute_dtype) if decoding else model
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(new))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: PRNGKey, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
+    return (std * jax.random.normal(key, shape)).astype(dtype)
 
 
 def batch_of(case: Case, shape: str) -> Candidates:
@@ -68,12 +89,11 @@ def batch_of(case: Case, shape: str) -> Candidates:
 
 def prepare(case: Case, shape: str, dtype: str) -> Callable[[], Any]:
     """What is timed: a function that does the work of the case and waits for it."""
-    model, batch = model_of(shape, dtype), batch_of(case, shape)
+    model, batch = model_of(shape, dtype, decoding=case.work == "decode"), batch_of(case, shape)
     if case.work == "score":
         return functools.partial(_wait, make_scorer(), model, batch)
     if case.work == "train":
         return _training(case, model, batch)
-    model = narrow(model)  # As `tiltjax.train.rollout.collect` does, once for all of its batches.
     sampler = make_sampler(num_candidates=case.N, max_tokens=case.T, eos_id=-1, pad_id=0)
     keys = iter(jax.random.split(jax.random.key(1), 10_000))
 

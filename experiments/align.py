@@ -11,8 +11,13 @@ held-out prompts): reference 0.225 [0.194, 0.256]; soft best-of-8 0.679 [0.642, 
 [0.373, 0.490] at 1.06 nats; tuned minus reference 0.208 [0.156, 0.259]; beta log Z 0.645. About four minutes on two
 cores.
 
-`--method=rloo`, or the name of any record of `tiltjax.train.methods` that needs prompts and a reward only, learns in
-rounds of fresh candidates (on one host).
+`--method=rloo`, or the name of any record of `tiltjax.train.methods`, learns in rounds of fresh candidates. Some need
+more than prompts and a reward:
+
+    --method=spin --demonstrations=answer         a column of the prompts, or a file with completions of them (sft too)
+    --method=ppo_ptx --corpus=text.jsonl          text that must not be forgotten
+    --method=safe_rlhf --cost=model:runs/reward/cost/model    a cost, above 0 where a completion harms
+    --method=online_kto --desirable_above=0.5     a threshold that makes the reward a binary label
 
 On several hosts, the same command on each, and a directory that all of them see (under SLURM, Open MPI, GKE and on TPU
 pods the last three flags are found by themselves):
@@ -70,7 +75,8 @@ def run(config: AlignConfig) -> dict[str, Any]:
     reward = np.asarray(drawn.reward)
     estimates = evaluate.estimate(reward, beta=config.beta)
     warn_of_collapse(config, reward, estimates.ess)
-    tuned = improve(world) if config.method in RECORDS else tune(world, drawn)
+    rounds = config.method in RECORDS and not config.pack
+    tuned = improve(world) if rounds else tune(world, drawn)
     held_out, texts = world.rollout("heldout", world.model, seed=1)
     results, samples = compare(world, held_out, texts, tuned)
     if config.method != "soft_best_of_n":

@@ -5,7 +5,8 @@ import hashlib
 import json
 import pathlib
 
-from experiments.align_online import RECORDS
+from experiments.align_given import NEEDS
+from experiments.align_online import RECORDS, record_of
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.train import distributed
 from tiltjax.train.config import field, save_config
@@ -18,6 +19,9 @@ FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
 
 METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo", *RECORDS)
 """Ways to reach the tilt: the first from fixed candidates of the reference, then the records of `align_online`."""
+
+PACKABLE = ("tilted_mle", "best_of_n_sft", "sft")
+"""Methods that fit candidates of which each counts by a weight, whatever the policy says of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +38,28 @@ class AlignConfig:
         "reviews",
         "Prompts: a shipped set, a .jsonl or .parquet file, tfds:<builder>, or reasoning_gym:<task>?option=value.",
     )
+    demonstrations: str = field(
+        "",
+        "What sft and spin imitate: a column of the prompts (such as answer), or a .jsonl or .parquet file or "
+        "tfds:<builder> with a completion of every training prompt.",
+    )
+    corpus: str = field(
+        "", "What ppo_ptx must not forget: a file or tfds:<builder> with prompt and completion, or with text."
+    )
+    cost: str = field(
+        "",
+        "What safe_rlhf holds at 0 or below, above 0 meaning harm: named like --reward, or model:<directory> of a "
+        "model of kind cost.",
+    )
+    desirable_above: float | None = field(
+        None,
+        "Reward above which a completion is desirable (kto, online_kto) or right (prime). By default a coin with the "
+        "odds of the reward decides for kto, and 0 for prime.",
+    )
     method: str = field(
         "tilted_mle",
-        "How the tilt is reached; soft_best_of_n trains nothing; others, see tiltjax.train.methods, learn in rounds.",
+        "How the tilt is reached: soft_best_of_n trains nothing, the first six fit candidates of the reference, the "
+        "records of tiltjax.train.methods learn in rounds.",
         choices=METHODS,
     )
     beta: float = field(0.1, "Strength of the KL term, reward units: the tilt is ref * exp(reward / beta) / Z.")
@@ -50,6 +73,11 @@ class AlignConfig:
     steps: int = field(24, "Optimizer steps.")
     batch_size: int = field(8, "Prompts per step, each with its N candidates.")
     microbatches: int = field(1, "Parts into which a batch is cut to save memory; the gradient is the same.")
+    pack: bool = field(
+        False,
+        "tilted_mle, best_of_n_sft, sft: train on rows of whole sequences without padding, of the candidates that "
+        "count only; the loss and its gradient are the same.",
+    )
     learning_rate: float = field(5e-4, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
     max_grad_norm: float = field(1.0, "Global norm at which gradients are clipped.")
     lora_rank: int = field(16, "Rank of low-rank adapters; 0 trains all parameters (try --learning_rate=5e-5).")
@@ -79,6 +107,15 @@ class AlignConfig:
             raise ValueError(f"microbatches must divide batch_size={self.batch_size}, got {self.microbatches}")
         if self.batch_size > self.num_prompts and self.method != "soft_best_of_n":
             raise ValueError(f"batch_size must be at most num_prompts={self.num_prompts}, got {self.batch_size}")
+        if self.pack and self.method not in PACKABLE:
+            raise ValueError(f"pack is for the methods {', '.join(PACKABLE)}, got method={self.method}")
+        if self.method in RECORDS:
+            if self.mapping == "pmap":
+                raise ValueError(f"mapping must be sharded for method={self.method}, got 'pmap'")
+            record = record_of(self.method, num_candidates=self.num_candidates, steps=self.steps)
+            for flag, needs in NEEDS.items():
+                if needs(record) and not getattr(self, flag):
+                    raise ValueError(f"--method={self.method} needs --{flag}")
 
     def fingerprint(self) -> str:
         """Of everything that decides the numbers."""

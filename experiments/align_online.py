@@ -1,5 +1,6 @@
 """`experiments.align` by a record of `tiltjax.train.methods`: rounds of candidates, rewards from the host, and fits."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -7,46 +8,39 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from experiments.align_given import NEEDS, feedback, load_given
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates, concatenate, pad, take
 from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models import lora
 from tiltjax.models.transformer import Transformer
-from tiltjax.train import checkpoint, method
+from tiltjax.train import checkpoint, distributed, rounds
+from tiltjax.train.method import Feedback, Method, Players
 from tiltjax.train.methods import METHODS
 from tiltjax.train.metrics import MetricsWriter
-from tiltjax.train.policy import model_sample, model_view
-from tiltjax.train.sharding import batch_sharding, shard
+from tiltjax.train.policy import at_work, model_sample, model_view, with_critics
+from tiltjax.train.sharding import batch_sharding, shard, shardings
+from tiltjax.types import Array, Bool, Int, Params, PRNGKey
 
 __all__ = ["RECORDS", "improve", "record_of"]
 
 _OFFLINE = ("tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
 
-
-def _applies(record: method.Method) -> bool:
-    """Whether prompts and a reward are all that it needs."""
-    needs = {source for source, _ in record.draw} & {"data", "corpus"}
-    critics = ("ppo", "ppo_ptx", "safe_rlhf")
-    return (
-        not needs and record.name not in critics and record.feedback in ("reward", "preference", "binary", "internal")
-    )
-
-
 RECORDS: dict[str, str] = {
     (f"online_{name}" if name in _OFFLINE else name): name
     for name, record in METHODS.items()
-    if _applies(record) and not (name in _OFFLINE and record.rounds == 1)
+    if not (name in _OFFLINE and record.rounds == 1)
 }
 """Name on the command line -> record. Where an offline method of `experiments.align` has the name, its online record is
 ``online_<name>``."""
 
 
-def record_of(name: str, *, num_candidates: int, steps: int) -> method.Method:
+def record_of(name: str, *, num_candidates: int, steps: int) -> Method:
     """The record, with the run's number of candidates where it is free, and no more rounds than steps."""
     record = METHODS[RECORDS[name]]
     if len(record.draw) == 1 and record.draw[0][1] > 2:
@@ -57,10 +51,10 @@ def record_of(name: str, *, num_candidates: int, steps: int) -> method.Method:
 
 
 def improve(world: Any, *, watch: Callable[[int, Transformer], None] | None = None) -> Transformer:
-    """Plays all rounds; returns the policy with adapters merged.
+    """Plays all rounds; returns the policy with adapters merged and without critics.
 
     A round is a function of its number and of the players before it, which are the checkpoint: a run that is killed and
-    resumed ends with the same bits.
+    resumed ends with the same bits. With several hosts all of them call this.
 
     Args:
       world: Of `experiments.align_world.prepare`.
@@ -70,59 +64,187 @@ def improve(world: Any, *, watch: Callable[[int, Transformer], None] | None = No
     Returns:
       The policy after the last round.
     """
-    config = world.config
-    if jax.process_count() > 1:
-        raise ValueError(f"method {config.method!r} runs on one host")
+    config, mesh, writes = world.config, world.mesh, distributed.is_main()
     record = record_of(config.method, num_candidates=config.num_candidates, steps=config.steps)
-    rounds = record.rounds or config.steps
-    minibatches, place = config.steps // rounds, batch_sharding(world.mesh)
+    if any(needs(record) and getattr(world.given, name) is None for name, needs in NEEDS.items()):
+        world = dataclasses.replace(world, given=load_given(config, record, world.rows["train"], world.tokenizer))
+    count = record.rounds or config.steps
+    tx, (trained, frozen) = _optimizer(config, record), _trained(world, record)
+    players, first = shard(rounds.init_players(record, trained, tx), mesh), 0
+    folder = world.directory / "checkpoints"
+    if config.resume and (first := checkpoint.latest(folder) or 0):
+        players = checkpoint.restore(folder, first, players)
+    draw = _drawing(world, record, minibatches=config.steps // count)
+    fit = _fitting(world, record, players, frozen, tx, minibatches=config.steps // count)
+
+    def policy() -> Transformer:
+        params = distributed.replicate(players.state.params, mesh)
+        model = params["model"] if isinstance(params, dict) else params
+        return lora.merge(model if frozen is None else lora.combine(model, frozen))
+
+    writer = MetricsWriter(world.directory, resume_step=first if first else None) if writes else None
+    with (
+        checkpoint.Saver(folder) as saver,
+        writer or contextlib.nullcontext(),
+        tqdm(total=count, initial=first, desc=config.method, unit="round", disable=not writes) as bar,
+    ):
+        for r in range(first, count):
+            key, learn = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1000 + r))
+            drawn, told, draws = draw(at_work(players, record.sources, frozen=frozen), key, r)
+            players, scalars = fit(players, drawn, told, learn)
+            values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+            values |= {"drawn_reward": _drawn_reward(told, drawn)} | ({"draws": draws} if record.resample else {})
+            if writer is not None:
+                writer.write(r, values)
+            bar.set_postfix_str(json.dumps({k: round(values[k], 3) for k in ("reward", "kl_k1")}))
+            bar.update()
+            if (r + 1) % config.checkpoint_every == 0 or r + 1 == count:
+                if watch is not None:
+                    watch(r + 1, policy())
+                saver.save(r + 1, players)
+    return policy()
+
+
+def _optimizer(config: Any, record: Method) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, max(1, config.steps // 10), max(2, config.steps * record.epochs),
         0.1 * config.learning_rate,
     )  # fmt: skip
-    tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adamw(schedule, b2=0.95, weight_decay=0.0))
-    trained, frozen = world.model, None
-    if config.lora_rank:
-        key = jax.random.fold_in(jax.random.key(config.seed), 4)
-        trained, frozen = lora.partition(lora.add(key, world.model, rank=config.lora_rank), lora.is_adapter)
-    ends: dict[str, Any] = {"eos_id": text.eos_id(world.tokenizer), "pad_id": text.pad_id(world.tokenizer)}
-    sample = model_sample(max_tokens=config.max_tokens, frozen=frozen, mixture=record.mixture, **ends)
-    options: dict[str, Any] = {"view": model_view(frozen=frozen), "tx": tx, "beta": config.beta}
-    fit = jax.jit(functools.partial(method.fit, record, minibatches=minibatches, **options))
-    players, first = shard(method.init_players(record, trained, tx), world.mesh), 0
-    folder = world.directory / "checkpoints"
-    if config.resume and (first := checkpoint.latest(folder) or 0):
-        players = checkpoint.restore(folder, first, players)
-    whole = lambda params: lora.merge(params if frozen is None else lora.combine(params, frozen))  # noqa: E731
-    asked = _prompts(world)
-    order = epoch_batches(config.num_prompts, config.batch_size, seed=config.seed)
-    with (
-        checkpoint.Saver(folder) as saver,
-        MetricsWriter(world.directory, resume_step=first if first else None) as writer,
-        tqdm(total=rounds, initial=first, desc=config.method, unit="round") as bar,
-    ):
-        for r in range(first, rounds):
-            draw, learn = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1000 + r))
-            parts = []
-            for m in range(minibatches):
-                rows = order(r * minibatches + m)
-                prompts = jax.device_put(take(asked, rows), place)
-                drawn = method.collect(record, players, prompts, jax.random.fold_in(draw, m), sample=sample)
-                drawn = jax.device_get(drawn)
-                reward = world.score([world.rows["train"][i] for i in rows], world.texts(drawn))
-                parts.append(dataclasses.replace(drawn, reward=np.float32(reward)))
-            batch = concatenate(parts)
-            feedback = method.Feedback(reward=jnp.asarray(batch.reward))
-            players, scalars = fit(players, jax.device_put(batch, place), feedback, learn)
-            values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-            writer.write(r, values)
-            bar.set_postfix_str(json.dumps({k: round(values[k], 3) for k in ("reward", "kl_k1")}))
-            bar.update()
-            if (r + 1) % config.checkpoint_every == 0 or r + 1 == rounds:
-                if watch is not None:
-                    watch(r + 1, whole(players.state.params))
-                saver.save(r + 1, players)
-    return whole(players.state.params)
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm), optax.adamw(schedule, b2=0.95, weight_decay=0.0)
+    )
+
+
+def _trained(world: Any, record: Method) -> tuple[Params, Params]:
+    """What the players are, and the part of the model that is common to them all."""
+    trained, frozen, rank = world.model, None, world.config.lora_rank
+    if rank:
+        key = jax.random.fold_in(jax.random.key(world.config.seed), 4)
+        trained, frozen = lora.partition(lora.add(key, world.model, rank=rank), lora.is_adapter)
+    if record.critics:
+        trained = with_critics(trained, features=world.model.config.features, num=record.critics)
+    return trained, frozen
+
+
+def _fitting(
+    world: Any,
+    record: Method,
+    players: Players,
+    frozen: Params,
+    tx: optax.GradientTransformation,
+    *,
+    minibatches: int,
+) -> Callable[[Players, Candidates, Feedback, PRNGKey], tuple[Players, dict[str, Array]]]:
+    """The compiled `tiltjax.train.rounds.fit`, on the mesh; what all hosts hold in NumPy goes in."""
+    config, mesh, place = world.config, world.mesh, batch_sharding(world.mesh)
+    size = _rows(config, record)
+    options: dict[str, Any] = {"tx": tx, "beta": config.beta, "minibatches": minibatches}
+
+    def run(frozen, players, drawn, told, key):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            view = model_view(frozen=frozen, rows=size // config.microbatches)
+            return rounds.fit(record, players, drawn, told, key, view=view, microbatches=config.microbatches, **options)
+
+    places, whole = shardings(players, mesh), NamedSharding(mesh, PartitionSpec())
+    compiled = jax.jit(
+        run,
+        in_shardings=(shardings(frozen, mesh), places, place, place, whole),
+        out_shardings=(places, whole),
+        donate_argnums=1,
+    )
+    mine = distributed.host_rows(place, size * minibatches)
+
+    def fit(players: Players, drawn: Candidates, told: Feedback, key: PRNGKey):
+        here = jax.tree.map(lambda x: x[mine], (drawn, told))
+        return compiled(frozen, players, *distributed.global_batch(here, place, size * minibatches), key)
+
+    return fit
+
+
+def _rows(config: Any, record: Method) -> int:
+    """Rows of a mini-batch: its prompts, and as many again where each brings a text of the corpus."""
+    return config.batch_size * (2 if "corpus" in record.sources else 1)
+
+
+def _drawing(
+    world: Any, record: Method, *, minibatches: int
+) -> Callable[[Players, PRNGKey, int], tuple[Candidates, Feedback, float]]:
+    """``(players at work, key, round) -> candidates, feedback, draws per mini-batch``, all in NumPy, on every host."""
+    config, given, B = world.config, world.given, world.config.batch_size
+    place = batch_sharding(world.mesh)
+    mine = distributed.host_rows(place, B)
+    asked, order = _prompts(world), epoch_batches(config.num_prompts, B, seed=config.seed)
+    corpus = np.array([source == "corpus" for source, num in record.draw for _ in range(num)])
+    write = model_sample(
+        max_tokens=config.max_tokens,
+        eos_id=text.eos_id(world.tokenizer),
+        pad_id=text.pad_id(world.tokenizer),
+        mixture=record.mixture,
+        slots=None if config.sample_batch >= B else config.sample_batch * record.num_candidates,
+        mesh=world.mesh,
+    )
+
+    def sample(rows, key, players, source, prompts, num):
+        if source == "data":
+            return given.demonstrated(key, rows, prompts, num)
+        if source == "corpus":  # Its texts have prompts of their own: they come in by `mixed_in`.
+            shape = (B, num, config.max_tokens)
+            empty = np.zeros(shape, np.int32)
+            return dataclasses.replace(
+                prompts, completion=empty, completion_mask=empty > 0, old_token_logp=np.zeros(shape, np.float32)
+            )
+        here = distributed.global_batch(take(prompts, mine), place, B)
+        return distributed.fetch(write(key, players, source, here, num))
+
+    def once(players: Players, key: PRNGKey, rows: Int[Array, "B"]) -> tuple[Candidates, Feedback]:
+        by = functools.partial(sample, rows)
+        drawn = jax.device_get(rounds.collect(record, players, take(asked, rows), key, sample=by))
+        return drawn, feedback(world, record, rows, drawn)
+
+    def minibatch(players: Players, key: PRNGKey, step: int) -> tuple[Candidates, Feedback, int]:
+        rows = order(step)
+        drawn, told = once(players, jax.random.fold_in(key, 0), rows)
+        good, seen, draws = _informative(told), set(rows.tolist()), 1
+        while draws <= record.resample and not good.all() and len(seen) < config.num_prompts:
+            left = np.setdiff1d(np.arange(config.num_prompts), list(seen))
+            left = np.random.default_rng([config.seed, step, draws]).permutation(left)[:B]
+            more = once(players, jax.random.fold_in(key, draws), np.resize(left, B))
+            drawn, told = _replaced((drawn, told), good, more, _informative(more[1]) & (np.arange(B) < len(left)))
+            good, seen, draws = _informative(told), seen | set(left.tolist()), draws + 1
+        if corpus.any():
+            drawn, told = given.mixed_in(jax.random.fold_in(key, 1 + record.resample), corpus, drawn, told)
+        return drawn, told, draws
+
+    def draw(players: Players, key: PRNGKey, r: int) -> tuple[Candidates, Feedback, float]:
+        steps = range(r * minibatches, (r + 1) * minibatches)
+        parts = [minibatch(players, jax.random.fold_in(key, m), step) for m, step in enumerate(steps)]
+        drawn, told, draws = zip(*parts, strict=True)
+        return concatenate(drawn), jax.tree.map(lambda *x: np.concatenate(x), *told), float(np.mean(draws))
+
+    return draw
+
+
+def _informative(told: Feedback) -> Bool[Array, "B"]:
+    """Whether the candidates of a prompt differ in reward: if none does, no group method learns anything from it."""
+    return np.ptp(np.asarray(told.reward), axis=1) > 0
+
+
+def _drawn_reward(told: Feedback, drawn: Candidates) -> float:
+    """The mean reward as it was told, whatever the method makes of it."""
+    return float(np.mean(told.reward, where=True if drawn.where is None else drawn.where))
+
+
+def _replaced(batch: tuple, good: Bool[Array, "B"], more: tuple, better: Bool[Array, "B"]) -> tuple:
+    """The batch with its uninformative rows replaced, as far as they go, by the informative ones of another."""
+    into, of = np.flatnonzero(~good), np.flatnonzero(better)
+    into, of = into[: len(of)], of[: len(into)]
+
+    def put(x, y):
+        x = np.array(x)
+        x[into] = y[of]
+        return x
+
+    return jax.tree.map(put, batch, more)
 
 
 def _prompts(world: Any) -> Candidates:

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import hashlib
+import logging
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +15,13 @@ import optax
 from jax.sharding import NamedSharding
 
 from experiments.align_config import AlignConfig
+from experiments.align_given import LEARNED, Given, load_given
+from experiments.align_online import RECORDS
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
 from tiltjax.data.datasets import PromptRow, read
+from tiltjax.data.packing import Sequences, pack_sequences, rows_needed
 from tiltjax.data.pipeline import Stream, epoch_batches, host_batches
 from tiltjax.models import lora, pretrained
 from tiltjax.models.transformer import Transformer
@@ -30,7 +35,15 @@ from tiltjax.train import distributed
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.learned_reward import load_reward_model
 from tiltjax.train.loop import fit
-from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, var_objective
+from tiltjax.train.methods import METHODS
+from tiltjax.train.objectives import (
+    VarBatch,
+    candidate_weights,
+    likelihood_objective,
+    method_kernel,
+    packed_objective,
+    var_objective,
+)
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
 from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec, pmap_step, shard, sharded_step
 from tiltjax.train.state import init_state
@@ -38,16 +51,18 @@ from tiltjax.train.step import train_step
 
 __all__ = ["World", "prepare", "prompt_rows", "training_data", "tune"]
 
+_LOG = logging.getLogger(__name__)
+
 PROMPTS = pathlib.Path(__file__).parent / "prompts"
-LEARNED = "model:"
-"""Before the directory of a reward model of `experiments.reward_model`."""
+DOUBLINGS = 6
+"""How often the number of puzzles is doubled, until enough of their questions differ."""
 QUEUE = 4
 """Batches of prompts that wait in one queue while ``sample_batch`` times N candidates are being decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What a run works with: policy, tokenizer, reward, prompts, and the compiled functions."""
+    """What a run works with: policy, tokenizer, reward, prompts, what else a method needs, the compiled functions."""
 
     config: AlignConfig
     directory: pathlib.Path
@@ -59,6 +74,7 @@ class World:
     sampler: Any
     scorer: Any
     fingerprint: str
+    given: Given
 
     def rollout(self, split: str, model: Transformer, *, seed: int) -> tuple[Candidates, list[list[str]]]:
         """N scored candidates of every prompt of a split, kept on disk once they are whole."""
@@ -132,10 +148,19 @@ class World:
 
 
 def prompt_rows(source: str, wanted: int, *, seed: int) -> list:
-    """Prompts of a shipped set, of a reasoning-gym task (as many as are wanted), or of a file or TFDS builder (all)."""
+    """Prompts of a shipped set or a file or TFDS builder (all), or of a reasoning-gym task.
+
+    Of a task there are as many different ones as are wanted, or fewer where it has no more.
+    """
     if source.startswith("reasoning_gym:"):
         name, options = parse_spec(source.removeprefix("reasoning_gym:"))
-        rows = puzzle_rows(name, size=wanted, seed=seed, **options)
+        asked: dict[str, dict] = {}  # A question that comes again would be trained on and held out.
+        for size in (wanted << doubled for doubled in range(DOUBLINGS)):
+            for row in puzzle_rows(name, size=size, seed=seed, **options):
+                asked.setdefault(str(row["prompt"]), row)
+            if len(asked) >= wanted:
+                break
+        rows = list(asked.values())[:wanted]
         return [PromptRow(prompt=str(row.pop("prompt")), columns=dict(row)) for row in rows]
     shipped = PROMPTS / f"{source}.jsonl"
     return list(read(shipped if shipped.exists() else source, "prompt"))
@@ -172,6 +197,9 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
             )
     source = text.find_embedded_gguf() if config.policy == "smollm2" else config.policy
     tokenizer = text.load_tokenizer(source)
+    train, held_out = rows[: config.num_prompts], rows[config.num_prompts : wanted]
+    record = METHODS[RECORDS[config.method]] if config.method in RECORDS else None
+    given = load_given(config, record, train, tokenizer)
     dtype = fast_dtype() if config.compute_dtype == "auto" else config.compute_dtype
     model = pretrained.load(
         source,
@@ -186,9 +214,9 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         slots=config.sample_batch * config.num_candidates,
         mesh=mesh,
     )
-    train, held_out = rows[: config.num_prompts], rows[config.num_prompts : wanted]
     # Candidates are kept for a resumed run; an edited prompt file or another policy under the same name is refused.
     parts = [reward.fingerprint] if learned else []
+    parts += [given.fingerprint] if given.fingerprint else []
     parts += [config.fingerprint(), dtype, pretrained.fingerprint(model), text.tokenizer_fingerprint(tokenizer)]
     made_of = "\n".join([*parts, *(repr(row) for row in rows[:wanted])])
     return World(
@@ -202,6 +230,7 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         sampler=sampler,
         scorer=make_scorer(),
         fingerprint=hashlib.sha256(made_of.encode()).hexdigest()[:16],
+        given=given,
     )
 
 
@@ -220,6 +249,9 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
         chosen, rejected = np.asarray(drawn.reward).T
         decided = np.stack([chosen > rejected] * 2, axis=1)  # A prompt whose candidates all tie teaches nothing.
         drawn = dataclasses.replace(drawn, where=decided)
+    if config.method == "sft":
+        key = jax.random.fold_in(jax.random.key(config.seed), 7)
+        drawn = world.given.demonstrated(key, np.arange(config.num_prompts), drawn, 1)
     kernel = method_kernel(config.method, beta=config.beta)
     if config.method == "tilted_mle" and config.fit_candidates:
         key = jax.random.fold_in(jax.random.key(config.seed), 6)
@@ -228,7 +260,40 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
         kernel = method_kernel("sft", beta=config.beta)
     drawn = dataclasses.replace(drawn, old_token_logp=None)
     order = epoch_batches(config.num_prompts, config.batch_size, seed=config.seed)
+    if config.pack:
+        return (drawn, np.asarray(candidate_weights(kernel, drawn))), order, packed_objective()
     return drawn, order, likelihood_objective(kernel)
+
+
+def packed(world: World, data: tuple[Candidates, np.ndarray], order: Callable[[int], np.ndarray]) -> tuple:
+    """``(indices of prompts -> their rows, number of rows)``: the same number at every step."""
+    config, (drawn, weights) = world.config, data
+    sizes = drawn.prompt_mask.sum(axis=-1)[:, None] + drawn.completion_mask.sum(axis=-1)
+    places = world.mesh.shape["data"] * world.mesh.shape["fsdp"] * config.microbatches
+    steps = [sizes[at][weights[at] != 0] for at in map(order, range(config.steps))]
+
+    def plan(times: int) -> tuple[int, int, int]:
+        length = batches.bucket_length(times * max(int(step.max(initial=1)) for step in steps), multiple=8)
+        rows = batches.bucket_length(max(rows_needed(step, length=length) for step in steps), multiple=places)
+        return rows * length, length, rows
+
+    _, length, rows = min(plan(times) for times in (1, 2, 4, 8))  # Of those that hold the least, the shortest.
+    N, T = drawn.completion.shape[1:]
+    before, after = config.batch_size * (drawn.prompt.shape[1] + N * T), rows * length
+    held = drawn.prompt_mask.sum() + drawn.completion_mask.sum()
+    counts = sizes[weights != 0].sum() * config.batch_size / len(sizes)
+    _LOG.info(
+        "packed: %d rows of %d tokens a step, %d positions in place of %d (%.0f%% saved), "
+        "padding %.0f%% in place of %.0f%%",
+        rows, length, after, before, 100 * (1 - after / before), 100 * (1 - counts / after),
+        100 * (1 - held * config.batch_size / (before * len(sizes))),
+    )  # fmt: skip
+
+    def take(which: np.ndarray) -> Sequences:
+        part, weight = jax.tree.map(lambda x: x[which], (drawn, weights))
+        return pack_sequences(part, weight, length=length, rows=rows, pad_id=text.pad_id(world.tokenizer))
+
+    return take, rows
 
 
 def var_blocks(world: World, drawn: Candidates) -> list[VarBatch]:
@@ -271,11 +336,16 @@ def tune(world: World, drawn: Candidates) -> Transformer:
     state = shard(init_state(trained, tx), world.mesh)
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)
     place = batch_sharding(world.mesh)
-    mine = distributed.host_rows(place, config.batch_size)
-    stream = Stream(
-        host_batches(lambda rows: jax.tree.map(lambda x: x[rows], data), order, num_steps=config.steps, rows=mine)
-    )
-    batch_of = lambda step: distributed.global_batch(stream(step), place, config.batch_size)  # noqa: E731
+    take, size = (lambda which: jax.tree.map(lambda x: x[which], data)), config.batch_size
+    if config.pack:
+        take, size = packed(world, data, order)
+    mine = distributed.host_rows(place, size)
+    if config.pack:  # A host cuts its rows out of those of the whole batch.
+        rows = host_batches(lambda which: jax.tree.map(lambda x: x[mine], take(which)), order, num_steps=config.steps)
+    else:
+        rows = host_batches(take, order, num_steps=config.steps, rows=mine)
+    stream = Stream(rows)
+    batch_of = lambda step: distributed.global_batch(stream(step), place, size)  # noqa: E731
     mapped = sharded_step(step, state, frozen, world.mesh) if config.mapping == "sharded" else pmap_step(step)
     if config.mapping == "pmap":  # It maps over the devices of this host, and takes what is on them.
         batch_of, state, frozen = stream, distributed.localize(state), distributed.localize(frozen)

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from experiments.arena_world import World
-from tiltjax.train.method import Method, collect, fit, init_players
+from tiltjax.train.method import Method
+from tiltjax.train.rounds import collect, fit, init_players
 from tiltjax.types import Array
 
 __all__ = ["MEASURES", "Budget", "fitted", "pair_laws", "run"]

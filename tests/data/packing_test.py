@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tiltjax.data.candidates import from_tokens
-from tiltjax.data.packing import pack, padding, unpack
+from tiltjax.data.packing import pack, pack_sequences, padding, rows_needed, unpack
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.segments import Segments
 from tiltjax.models.transformer import Transformer
@@ -43,7 +43,14 @@ def test_packed_is_unpacked(changes):
         grad, logp = jax.jit(jax.grad(function, has_aux=True))(model)
         return jax.tree.leaves(grad), logp
 
-    chex.assert_trees_all_close(both(together), both(alone), rtol=1e-4, atol=1e-5)
+    (grad, logp), expected = both(together), both(alone)
+    chex.assert_trees_all_close((grad, logp), expected, rtol=1e-4, atol=1e-5)
+    # As whole sequences: every candidate's log-probability by a weight of its own.
+    each = RNG.normal(size=(B, N)).astype(np.float32)
+    rows = pack_sequences(BATCH, each, length=24)
+    whole = jax.jit(model.score_sequences)(rows.token, rows.segment).logp
+    total = np.sum(np.float64(whole) * rows.weight[:, 1:])
+    assert total == pytest.approx(np.sum(each * np.float64(logp).sum(axis=-1)), rel=1e-5, abs=1e-4)
 
 
 def test_every_candidate_is_packed_once_and_padding_shrinks():
@@ -79,3 +86,32 @@ def test_rows_of_nothing_are_finite():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         pack(BATCH, **options)
+
+
+def test_sequences_are_laid_down_whole_and_once():
+    """Every sequence of weight above 0 can be read back, with its weight on its completion and on nothing else."""
+    weights = np.where(RNG.random((B, N)) < 0.3, 0, RNG.random((B, N)))
+    weights[2] = 0
+    rows = pack_sequences(BATCH, weights, length=24, rows=9, pad_id=7)
+    seen = []
+    for r, g in {(r, g) for r, g in np.ndindex(9, 24) if (rows.segment[r] == g).any()}:
+        (place,) = np.nonzero(rows.segment[r] == g)
+        assert (np.diff(place) == 1).all()
+        prompt = place[rows.weight[r, place] == 0]
+        completion = place[rows.weight[r, place] > 0]
+        assert prompt.max() < completion.min()
+        (weight,) = set(rows.weight[r, completion].tolist())
+        seen.append((weight, rows.token[r, prompt].tolist(), rows.token[r, completion].tolist()))
+    expected = [
+        (float(np.float32(weights[b, n])), BATCH.prompt[b][BATCH.prompt_mask[b]].tolist(),
+         BATCH.completion[b, n][BATCH.completion_mask[b, n]].tolist())
+        for b, n in np.argwhere(weights)
+    ]  # fmt: skip
+    assert sorted(seen) == sorted(expected)
+    assert (rows.token[rows.segment < 0] == 7).all()
+    assert rows.count.sum() == B
+    sizes = [len(prompt) + len(completion) for _, prompt, completion in expected]
+    assert rows_needed(sizes, length=24) == len({r for r in range(9) if (rows.segment[r] >= 0).any()}) < len(sizes)
+    for options, message in (({"length": 3}, "length must be at least the longest"), ({"rows": 1}, "rows must be")):
+        with pytest.raises(ValueError, match=message):
+            pack_sequences(BATCH, weights, **{"length": 14} | options)

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +205,7 @@ def refused(capsys, monkeypatch):
         ({"beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
         ({"num_candidates": 1}, "num_candidates must be at least 2, got 1"),
         ({"batch_size": 16}, "batch_size must be at most num_prompts=8, got 16"),
+        ({"method": "spin", "steps": 4}, "--method=spin needs --demonstrations"),
         ({"microbatches": 3}, "microbatches must divide batch_size=8, got 3"),
         ({"policy": "/no/such/policy"}, "/no/such/policy"),
         ({"reward": "kindness"}, "unknown reward 'kindness'"),
@@ -291,6 +291,27 @@ def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_p
         data("dpo", fingerprint="0" * 16)
 
 
+def test_packed_rows_hold_what_counts_in_one_shape(home, tmp_path, compiled_once):
+    """Of each prompt the best candidate with weight 1, at every step in as many rows, which the devices divide."""
+    options = settings(home, tmp_path, batch_size=8, sample_batch=8, method="best_of_n_sft", pack=True)
+    world = align_world.prepare(AlignConfig(**options), tmp_path)
+    drawn, _ = world.rollout("train", world.model, seed=0)
+    data, order, _ = align_world.training_data(world, drawn)
+    take, rows = align_world.packed(world, data, order)
+    best = np.asarray(drawn.reward).argmax(axis=1)
+    tokens = drawn.completion_mask[np.arange(8), best].sum(axis=-1)
+    for step in range(STEPS):
+        batch = take(order(step))
+        assert batch.token.shape == (rows, take(order(0)).token.shape[1])
+        assert batch.weight.sum() == tokens[order(step)].sum()
+        assert set(np.unique(batch.weight)) == {0, 1}
+        assert batch.count.sum() == 8
+        assert (batch.segment >= 0).sum() == (tokens + drawn.prompt_mask.sum(axis=-1))[order(step)].sum()
+    assert rows % 8 == 0
+    with pytest.raises(ValueError, match="pack is for the methods tilted_mle, best_of_n_sft, sft, got method=dpo"):
+        AlignConfig(**options | {"method": "dpo"})
+
+
 def test_another_reference_or_tokenizer_is_another_fingerprint(home, tmp_path, compiled_once, monkeypatch):
     config = AlignConfig(**settings(home, tmp_path, batch_size=8, sample_batch=8))
     prints = {align_world.prepare(config, tmp_path).fingerprint}
@@ -335,26 +356,22 @@ def test_every_method_runs_to_its_end(home, tmp_path, compiled_once, name):
         assert np.array_equal(after.embedding[...], before.embedding[...]) == (name == "adapters")
 
 
-def test_a_record_learns_in_rounds_and_resumes_with_the_same_bits(home, tmp_path, compiled_once):
-    options = {"method": "rloo", "batch_size": 8, "sample_batch": 8, "steps": 2, "checkpoint_every": 1}
-    config = AlignConfig(**settings(home, tmp_path / "run", **options))
-    results = align.run(config)
-    assert np.isfinite(numbers(results)).all()
-    assert "tuned" in results["points"]
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    rounds = [json.loads(line) for line in lines.splitlines()]
-    assert [line["off_policy"] for line in rounds] == [0, 0]
-    assert abs(rounds[0]["kl_k1"]) < 1e-6
-    before = jax.device_get(jax.tree.leaves(pretrained.load(tmp_path / "run" / "hf")))
+def test_a_record_plays_its_rounds_and_is_compared(home, tmp_path, compiled_once, monkeypatch):
+    """What its rounds do is in `align_online_test`, and in `distributed_test` on one process and on two."""
+    played = []
 
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")  # As if it had been killed in the second round.
-    align.run(dataclasses.replace(config, resume=True))
-    after = jax.device_get(jax.tree.leaves(pretrained.load(tmp_path / "run" / "hf")))
-    for one, other in zip(before, after, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
-    start = jax.tree.leaves(pretrained.load(home / "policy"))
-    assert max(float(np.abs(one - other).max()) for one, other in zip(start, after, strict=True)) > 1e-3
+    def improve(world):
+        played.append(world.config.method)
+        return jax.tree.map(lambda x: x * 1.5, world.model)
+
+    monkeypatch.setattr(align, "improve", improve)
+    options = {"method": "rloo", "batch_size": 8, "sample_batch": 8, "steps": 2}
+    results = align.run(AlignConfig(**settings(home, tmp_path / "run", **options)))
+    assert played == ["rloo"]
+    assert np.isfinite(numbers(results)).all()
+    assert results["points"]["tuned"][0].name == "rloo"
+    before, after = (pretrained.load(path) for path in (home / "policy", tmp_path / "run" / "hf"))
+    np.testing.assert_allclose(after.embedding[...], 1.5 * before.embedding[...], rtol=1e-6)
 
 
 def numbers(value):

@@ -11,8 +11,8 @@ import pytest
 
 from experiments import arena, arena_report, arena_run, arena_world
 from experiments.arena_claims import Results, judge
-from tiltjax.train.method import init_players
 from tiltjax.train.methods import get_method
+from tiltjax.train.rounds import init_players
 
 CONFIG = arena_world.WorldConfig(vocab_size=3, max_tokens=2, num_prompts=2, width=8, pretraining_steps=40)
 BUDGET = arena_run.Budget(updates=32, samples=32, seeds=2, betas=(1.0, 0.5), learning_rate=1e-2)

@@ -11,6 +11,7 @@ from tiltjax.models.attention import KeyValue, Prefix, attention, causal_mask
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.fused import choose, fused_attention, merge_attention
 from tiltjax.models.transformer import Transformer
+from tiltjax.train.sharding import make_mesh
 
 B, N, H, K, T, S, D = 2, 3, 4, 2, 5, 7, 8
 LENGTH = np.array([7, 2])
@@ -27,9 +28,9 @@ def plain(query, own, prefix):
     return attention(query, KeyValue(key=own[0], value=own[1]), causal_mask(T, T), prefix=shared)
 
 
-def merged(query, own, prefix):
+def merged(query, own, prefix, implementation):
     shared = None if prefix is None else KeyValue(key=prefix[0], value=prefix[1])
-    return fused_attention(query, KeyValue(key=own[0], value=own[1]), shared, LENGTH, implementation="xla")
+    return fused_attention(query, KeyValue(key=own[0], value=own[1]), shared, LENGTH, implementation=implementation)
 
 
 @pytest.mark.parametrize("prefix", [None, PREFIX])
@@ -40,7 +41,11 @@ def test_two_calls_merged_are_the_plain_attention(prefix):
         total = lambda *x: (jnp.sum(COTANGENT * (out := function(*x))), out)
         return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(QUERY, OWN, prefix)
 
-    chex.assert_trees_all_close(both(merged), both(plain), rtol=1e-5, atol=1e-5)
+    expected = both(plain)
+    for implementation in ("xla", "pallas"):
+        chex.assert_trees_all_close(
+            both(functools.partial(merged, implementation=implementation)), expected, rtol=1e-5, atol=2e-5
+        )
 
 
 def test_merging_is_the_softmax_over_the_union():
@@ -90,7 +95,7 @@ def test_the_platform_chooses(monkeypatch):
     assert [choose(kind, **fits) for kind in ("auto", "plain", "fused")] == [None, None, "xla"]
     with pytest.raises(ValueError, match="attention must be one of auto, fused, plain; got 'flash'"):
         choose("flash", **fits)
-    with pytest.raises(ValueError, match="implementation must be one of cudnn, xla; got 'triton'"):
+    with pytest.raises(ValueError, match="implementation must be one of cudnn, pallas, xla; got 'triton'"):
         fused_attention(QUERY, KeyValue(key=OWN[0], value=OWN[1]), implementation="triton")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(fused._kernels(), "check_cudnn_version", lambda: 91000)
@@ -105,6 +110,27 @@ def test_the_platform_chooses(monkeypatch):
             choose("fused", **fits | change)
     monkeypatch.delattr(fused._kernels(), fused._BACKWARD)
     assert choose("auto", **fits) is None
+
+
+def test_a_tpu_takes_its_own_kernels_where_it_knows_the_parts_of_every_device(monkeypatch):
+    fits = {"head_dim": 128, "window": None, "dtype": "bfloat16"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with jax.sharding.use_abstract_mesh(make_mesh("data:8").abstract_mesh):
+        assert [choose(kind, **fits) for kind in ("auto", "plain", "fused")] == ["pallas", None, "pallas"]
+        assert choose("auto", **fits | {"dtype": "float32"}) == "pallas"
+        for change, reason in (
+            ({"window": 4}, "a sliding window is not supported"),
+            ({"dtype": "float16"}, "take bfloat16 and float32, not float16"),
+            ({"head_dim": 512}, "a head_dim up to 256, got 512"),
+        ):
+            assert choose("auto", **fits | change) is None
+            with pytest.raises(ValueError, match=reason):
+                choose("fused", **fits | change)
+    assert choose("auto", **fits) is None
+    with pytest.raises(ValueError, match="must know the mesh"):
+        choose("fused", **fits)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert choose("auto", **fits) == "pallas"
 
 
 def test_the_calls_of_cudnn_are_well_formed(monkeypatch):

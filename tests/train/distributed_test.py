@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments import align
 from experiments.align_config import AlignConfig
+from tests.train.hosts_main import improved
 from tests.train.worlds import CONFIG
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
@@ -58,11 +59,13 @@ def settings(tmp_path_factory):
 def alone(settings, tmp_path_factory):
     """The directory of a run of this process, on its eight devices."""
     directory = tmp_path_factory.mktemp("alone") / "run"
-    align.run(AlignConfig(output=str(directory), **settings))
+    config = AlignConfig(output=str(directory), **settings)
+    align.run(config)
+    improved(config)
     return directory
 
 
-def start_hosts(settings, directory):
+def start_hosts(settings, directory, module="experiments.align"):
     """Two processes of one run."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -75,7 +78,7 @@ def start_hosts(settings, directory):
     }
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     shared = [f"--coordinator=localhost:{port}", "--num_processes=2", "--heartbeat_timeout=30"]
-    command = [sys.executable, "-m", "experiments.align", f"--output={directory}", "--resume", *arguments, *shared]
+    command = [sys.executable, "-m", module, f"--output={directory}", "--resume", *arguments, *shared]
     logs = [directory.parent / f"{directory.name}.{i}.{time.monotonic_ns()}" for i in (0, 1)]
     processes = []
     for i, log in enumerate(logs):
@@ -110,8 +113,8 @@ def killed(settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(settings, killed):
-    """The same run, gone on by two new processes."""
-    processes, logs = start_hosts(settings, killed["directory"])
+    """The same run, gone on by two new processes, which then improve the policy by a record."""
+    processes, logs = start_hosts(settings, killed["directory"], module="tests.train.hosts_main")
     try:
         statuses = [process.wait(timeout=300) for process in processes]
     finally:
@@ -145,6 +148,21 @@ def test_two_processes_end_where_one_does(alone, resumed):
         ours, theirs = (np.load(path / "candidates" / f"{name}.npz") for path in (alone, resumed["directory"]))
         for column in ("prompt", "completion", "completion_mask", "reward"):
             np.testing.assert_array_equal(theirs[column], ours[column])
+
+
+def test_a_record_improves_the_policy_of_two_processes_as_that_of_one(alone, resumed):
+    """Players on a mesh over both, prompts split between them, rewards of each host's own rows."""
+    ours, theirs = (path.with_name(f"{path.name}-record") for path in (alone, resumed["directory"]))
+    weights = [load_file(path / "hf" / "model.safetensors") for path in (ours, theirs)]
+    chex.assert_trees_all_close(*weights, atol=1e-5, rtol=0)
+    start = load_file(pathlib.Path(json.loads((alone / "config.json").read_text())["policy"]) / "model.safetensors")
+    assert min(np.abs(weights[1][name] - start[name]).max() for name in start) > 1e-4
+    logged = [(path / "metrics.jsonl").read_text() for path in (ours, theirs)]
+    np.testing.assert_allclose(*map(numbers, logged), atol=1e-4, rtol=1e-4)
+    lines = [json.loads(line) for line in logged[1].splitlines()]
+    assert [(line["step"], line["off_policy"]) for line in lines] == [(0, 0), (1, 0)]
+    assert abs(lines[0]["kl_k1"]) < 1e-6
+    assert checkpoint.latest(theirs / "checkpoints") == 2
 
 
 def test_only_the_first_process_reports(resumed):

@@ -13,12 +13,14 @@ from scipy.special import log_softmax
 
 from tests.train.worlds import ragged_candidates, tiny_model
 from tiltjax.data.candidates import Candidates
-from tiltjax.train import method as loop
+from tiltjax.models import lora
+from tiltjax.models.transformer import Transformer
+from tiltjax.train import rounds as loop
 from tiltjax.train.method import Feedback, Method, ReferenceUpdate, View
 from tiltjax.train.methods import METHODS, get_method
 from tiltjax.train.methods.labels import actor_critic, judged
 from tiltjax.train.methods.preference import PAIRWISE
-from tiltjax.train.policy import kl_along_prefixes, model_sample, model_view, with_critics
+from tiltjax.train.policy import at_work, kl_along_prefixes, model_sample, model_view, with_critics
 
 V, T, P, EOS = 4, 3, 2, 0
 TX = optax.adam(0.1)
@@ -163,7 +165,8 @@ def test_a_round_moves_the_policy_and_nothing_that_is_frozen(name):
     assert 0.01 < moved.max() < 1
     assert int(after.state.step) == method.epochs
     assert int(after.round) == 1
-    assert {"loss", "grad_norm", "off_policy", "kl_k1", "kl_k3", "entropy", "reward", "length"} == set(metrics)
+    kept = {"multiplier", "cost"} if name == "safe_rlhf" else set()
+    assert {"loss", "grad_norm", "off_policy", "kl_k1", "kl_k3", "entropy", "reward", "length"} | kept == set(metrics)
     assert all(np.isfinite(float(x)) for x in metrics.values())
 
 
@@ -316,6 +319,12 @@ def test_minibatches_epochs_and_probes():
         one_round(method, minibatches=0)
 
 
+def test_microbatches_move_the_policy_as_the_whole_batch_does():
+    method = get_method("rloo")
+    both = jax.jit(lambda p: [one_round(method, start=p, microbatches=k)[0].state.params for k in (1, 2)])
+    chex.assert_trees_all_close(*both(loop.init_players(method, TABLE, TX)), atol=1e-5)
+
+
 def test_the_loop_scans_over_rounds_and_maps_over_beta():
     """Online learning inside one jit: the stronger the KL term, the nearer the reference it stays."""
     method = get_method("rloo")
@@ -343,6 +352,8 @@ class TestRecord:
             ({"optimum": "summit"}, "optimum must be one of"),
             ({"units": "metres"}, "units must be one of"),
             ({"epochs": 0}, "epochs must be at least 1, got 0"),
+            ({"critics": -1}, "critics must be at least 0, got -1"),
+            ({"resample": -1}, "resample must be at least 0, got -1"),
             ({"cross": 2}, "cross must be 1 where a prompt has several candidates, got 2"),
         ):
             with pytest.raises(ValueError, match=message):
@@ -392,6 +403,27 @@ class TestPolicy:
         ours, mixed = drawn_by_model(), drawn_by_model("mixture")
         np.testing.assert_array_equal(mixed.completion, ours.completion)
         np.testing.assert_allclose(mixed.old_token_logp, ours.old_token_logp, atol=1e-5)
+
+    def test_players_at_work_are_whole_and_narrow(self):
+        """Adapters are put in and critics left out, once for many draws; who does not write stays as it is."""
+        config = dataclasses.replace(tiny_model().config, compute_dtype="bfloat16")
+        model = lora.add(jax.random.key(1), Transformer(jax.random.key(0), config), rank=2, targets=("query", "down"))
+        trained, frozen = lora.partition(model, lora.is_adapter)
+        trained = jax.tree.map(lambda x: x + 0.3, trained)
+        players = loop.init_players(get_method("ppo"), with_critics(trained, features=16), optax.sgd(0.1))
+        ready = at_work(players, ("current", "data"), frozen=frozen)
+        assert ready.reference is players.reference
+        expected = lora.combine(trained, frozen).cast(jnp.bfloat16)
+        chex.assert_trees_all_equal(ready.state.params, expected)
+        assert ready.state.params.blocks.up.kernel.dtype == jnp.bfloat16
+        mixed = at_work(players, ("mixture",), frozen=frozen)
+        chex.assert_trees_all_equal((mixed.state.params, mixed.reference), (expected, expected))
+
+    def test_a_large_batch_goes_through_in_parts(self):
+        batch, params = ragged_candidates(6, 2), with_critics(tiny_model(), features=16)
+        params["critic"]["kernel"] = jnp.ones((16, 1))
+        whole, parts = (jax.jit(model_view(rows=rows))(params, batch) for rows in (None, 2))
+        chex.assert_trees_all_close(whole, parts, atol=1e-5)
 
     def test_data_must_be_given(self):
         with pytest.raises(ValueError, match="written must be given for the source 'data', got None"):

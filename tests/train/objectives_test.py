@@ -8,7 +8,16 @@ import pytest
 from scipy.special import expit, log_softmax, softmax
 
 from tests.train.worlds import ragged_candidates, tiny_model
-from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, sft_objective, var_objective
+from tiltjax.data.packing import pack_sequences
+from tiltjax.train.objectives import (
+    VarBatch,
+    candidate_weights,
+    likelihood_objective,
+    method_kernel,
+    packed_objective,
+    sft_objective,
+    var_objective,
+)
 
 METHODS = ("tilted_mle", "best_of_n_sft", "dpo", "var_importance")
 BETA = 0.7
@@ -93,6 +102,46 @@ def test_prompts_without_a_candidate_do_not_count():
     assert metrics == {"logp": pytest.approx(np.mean([row[0].mean() for row in real]), rel=1e-5)}
 
 
+WEIGHTS = {
+    "sft": lambda r: np.full(len(r), 1 / len(r)),
+    "tilted_mle": lambda r: softmax(r / BETA),
+    "best_of_n_sft": lambda r: r == r.max(),
+    "var_importance": lambda r: importance_weights(r) / len(r),
+}
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_candidates_weigh_what_their_formula_says(method):
+    weights = np.asarray(candidate_weights(method_kernel(method, beta=BETA), batch()))
+    for row, where, reward in zip(weights, WHERE, batch().reward, strict=True):
+        if where.any():
+            np.testing.assert_allclose(row[where], WEIGHTS[method](np.float64(reward[where])), rtol=1e-5)
+        assert not row[~where].any()
+
+
+def test_packed_rows_give_the_loss_and_the_gradient_of_the_candidates():
+    """Several sequences to a row, a row of nothing, what is masked left out."""
+    kernel = method_kernel("tilted_mle", beta=BETA)
+    weights = np.asarray(candidate_weights(kernel, batch()))
+    rows = pack_sequences(batch(), weights, length=20, rows=8, pad_id=9)
+    assert (rows.segment.max(axis=1) > 0).any()
+    assert (rows.segment[-1] == -1).all()
+
+    def both(objective, part):
+        def total(model):
+            loss, metrics = objective(model, None, part, jax.random.key(0))
+            return loss.total, (loss, metrics["logp"])
+
+        grad, (loss, seen) = jax.jit(jax.grad(total, has_aux=True))(tiny_model())
+        return jax.tree.leaves((grad, loss)), float(seen.mean)
+
+    (expected, _), (packed, mean) = both(likelihood_objective(kernel), batch()), both(packed_objective(), rows)
+    for a, b in zip(packed, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * max(1, float(np.abs(b).max())))
+    mass = np.where(batch().completion_mask.any(axis=-1), weights, 0).sum()
+    assert mean == pytest.approx((weights * np.where(WHERE, logp(), 0)).sum() / mass, rel=1e-5)
+
+
 def test_dpo_at_the_reference():
     part = dataclasses.replace(ragged_candidates(6), ref_logp=np.full((6, 2), -3.0, np.float32))
     loss, metrics = method_kernel("dpo", beta=BETA)(jnp.asarray(part.ref_logp), part)
@@ -134,5 +183,7 @@ def test_temperature_is_that_of_the_log_probabilities():
 def test_unknown_method_is_refused():
     with pytest.raises(ValueError, match=r"method must be one of .*; got 'ppo'"):
         method_kernel("ppo", beta=0.1)
+    with pytest.raises(ValueError, match="kernel must be linear in the log-probabilities"):
+        candidate_weights(method_kernel("dpo", beta=0.1), ragged_candidates(6))
     with pytest.raises(ValueError, match=r"beta must be a finite number above 0, got 0\.0"):
         method_kernel("tilted_mle", beta=0.0)(jnp.zeros((6, 2)), ragged_candidates(6))

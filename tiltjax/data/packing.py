@@ -1,8 +1,12 @@
-"""Several short prompts in one row, each with all of its candidates: less padding, the same numbers.
+"""Several short prompts, or several short sequences, in one row: less padding, the same numbers.
 
-A model is told who belongs to whom (`tiltjax.models.segments`), so nothing leaks from one prompt to another, and what
-it computes per candidate comes back in the order of the candidates that were packed.
+A model is told who belongs to whom (`tiltjax.models.segments`), so nothing leaks from one to another. `pack` keeps a
+prompt with all of its candidates and gives back what is computed per candidate. `pack_sequences` lays prompt and
+completion down as one sequence: it pads neither, and leaves out the candidates that count for nothing, but repeats the
+prompt for each of the others. It is for data with one completion per prompt, or few that count.
 """
+
+from collections.abc import Sequence
 
 import chex
 import jax.numpy as jnp
@@ -12,7 +16,7 @@ from tiltjax.data.candidates import Candidates
 from tiltjax.ops.checks import check_at_least
 from tiltjax.types import Array, Bool, Float, Int
 
-__all__ = ["Packed", "pack", "padding", "unpack"]
+__all__ = ["Packed", "Sequences", "pack", "pack_sequences", "padding", "rows_needed", "unpack"]
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -65,16 +69,7 @@ def pack(candidates: Candidates, *, length: int, most: int = 8, rows: int | None
     sizes = np.sum(np.asarray(candidates.prompt_mask), axis=1)
     if sizes.max(initial=0) > length:
         raise ValueError(f"length must be at least the longest prompt, {sizes.max()} tokens, got {length}")
-    members: list[list[int]] = []
-    room: list[int] = []
-    for b in np.argsort(-sizes, kind="stable"):
-        fits = (r for r, free in enumerate(room) if free >= sizes[b] and len(members[r]) < most)
-        row = next(fits, len(members))
-        if row == len(members):
-            members.append([])
-            room.append(length)
-        members[row].append(int(b))
-        room[row] -= int(sizes[b])
+    members = _first_fit(sizes, length, most)
     R = len(members) if rows is None else rows
     if len(members) > R:
         raise ValueError(f"rows must be at least {len(members)} for these prompts, got {rows}")
@@ -125,3 +120,97 @@ def padding(batch: Candidates | Packed) -> dict[str, float]:
     """Which share of a batch's places hold no token: ``prompt`` and ``completion``, each in [0, 1]."""
     masks = {"prompt": batch.prompt_mask, "completion": batch.completion_mask}
     return {name: 1 - float(np.mean(np.asarray(mask))) for name, mask in masks.items()}
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Sequences:
+    """R rows of whole sequences, each a prompt and a completion.
+
+    Attributes:
+      token: Sequences one after another, ``[R, L]``.
+      segment: Which sequence of its row a token belongs to, ``[R, L]``, counted from 0; -1 where there is none.
+      weight: What the log-probability of a token counts, ``[R, L]``: 0 but for completions.
+      count: How many prompts a row stands for, ``[R]``; their sum is that of the prompts that were packed.
+    """
+
+    token: Int[Array, "R L"]
+    segment: Int[Array, "R L"]
+    weight: Float[Array, "R L"]
+    count: Float[Array, "R"]
+
+
+def pack_sequences(
+    candidates: Candidates, weights: Float[Array, "B N"], *, length: int, rows: int | None = None, pad_id: int = 0
+) -> Sequences:
+    """Prompts and completions as whole sequences, the longest first, each into the first row that has room.
+
+    Args:
+      candidates: B prompts with N completions each, on the host.
+      weights: Of the candidates; those of weight 0 are left out.
+      length: L of a row, at least the longest sequence.
+      rows: R, to keep one shape over many batches; None takes as few as this batch needs.
+      pad_id: Token written where there is none.
+
+    Returns:
+      `Sequences` of NumPy arrays. A prompt counts if ``where`` has one of its candidates, or is None.
+
+    Raises:
+      ValueError: If a sequence is longer than ``length``, or ``rows`` are too few.
+
+    Example:
+      >>> from tiltjax.data.candidates import from_tokens
+      >>> batch = from_tokens([[5, 6], [7]], [[[2]], [[3]]], pad_id=0)
+      >>> packed = pack_sequences(batch, np.array([[0.5], [2.0]]), length=6)
+      >>> packed.token.tolist(), packed.segment.tolist(), packed.weight.tolist(), packed.count.tolist()
+      ([[5, 6, 2, 7, 3, 0]], [[0, 0, 0, 1, 1, -1]], [[0.0, 0.0, 0.5, 0.0, 2.0, 0.0]], [2.0])
+    """
+    weights, kept = np.asarray(weights), np.argwhere(np.asarray(weights) != 0)
+    mask, end = np.asarray(candidates.prompt_mask), np.asarray(candidates.completion_mask)
+    sizes = mask.sum(axis=-1)[kept[:, 0]] + end.sum(axis=-1)[kept[:, 0], kept[:, 1]]
+    members = _first_fit(sizes, length)
+    R = max(1, len(members)) if rows is None else rows
+    if len(members) > R:
+        raise ValueError(f"rows must be at least {len(members)} for these sequences, got {rows}")
+    token, segment = np.full((R, length), pad_id, np.int32), np.full((R, length), -1, np.int32)
+    weight, count = np.zeros((R, length), np.float32), np.zeros(R, np.float32)
+    where = np.ones(weights.shape, bool) if candidates.where is None else np.asarray(candidates.where)
+    real = np.atleast_1d(where.any(axis=-1))
+    for r, packed in enumerate(members):
+        start = 0
+        for g, i in enumerate(packed):
+            b, n = kept[i]
+            prompt, completion = candidates.prompt[b][mask[b]], candidates.completion[b, n][end[b, n]]
+            middle, stop = start + len(prompt), start + len(prompt) + len(completion)
+            token[r, start:middle], token[r, middle:stop] = prompt, completion
+            segment[r, start:stop], weight[r, middle:stop] = g, weights[b, n]
+            count[r], real[b] = count[r] + real[b], False
+            start = stop
+    count[0] += real.sum()
+    return Sequences(token=token, segment=segment, weight=weight, count=count)
+
+
+def rows_needed(sizes: Sequence[int] | Int[np.ndarray, "n"], *, length: int) -> int:
+    """How many rows `pack_sequences` takes for sequences of these lengths.
+
+    Example:
+      >>> rows_needed([3, 5, 2, 2], length=7)
+      2
+    """
+    return len(_first_fit(np.asarray(sizes), length))
+
+
+def _first_fit(sizes: Int[np.ndarray, "n"], length: int, most: int | None = None) -> list[list[int]]:
+    """Which sequences stand in which row: the longest first, each into the first row that has room for it."""
+    if sizes.max(initial=0) > length:
+        raise ValueError(f"length must be at least the longest sequence, {sizes.max()} tokens, got {length}")
+    members: list[list[int]] = []
+    room: list[int] = []
+    for i in np.argsort(-sizes, kind="stable"):
+        fits = (r for r, free in enumerate(room) if free >= sizes[i] and (most is None or len(members[r]) < most))
+        row = next(fits, len(members))
+        if row == len(members):
+            members.append([])
+            room.append(length)
+        members[row].append(int(i))
+        room[row] -= int(sizes[i])
+    return members

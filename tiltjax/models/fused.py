@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from tiltjax.models.attention import KeyValue
+from tiltjax.models.flash import flash_backward, flash_forward
 from tiltjax.ops.checks import check_choice
+from tiltjax.ops.collectives import parts_known
 from tiltjax.types import Array, Dtype, Float, Int
 
 __all__ = ["IMPLEMENTATIONS", "choose", "fused_attention", "merge_attention"]
 
-IMPLEMENTATIONS = ("cudnn", "xla")
+IMPLEMENTATIONS = ("cudnn", "pallas", "xla")
 
 _BACKWARD = "_dot_product_attention_bwd_p_wrapper"
 
@@ -33,8 +35,8 @@ def choose(attention: str, *, head_dim: int, window: int | None, dtype: Dtype) -
       dtype: Operand type of the matrix products.
 
     Returns:
-      "cudnn" on NVIDIA GPUs; "xla", the same algorithm from plain parts, where "fused" is asked for elsewhere; None for
-      the plain path.
+      "cudnn" on NVIDIA GPUs; "pallas" on TPUs (`tiltjax.models.flash`); "xla", the same algorithm from plain parts,
+      where "fused" is asked for elsewhere; None for the plain path.
 
     Raises:
       ValueError: If "fused" is asked for and cannot be had; the message says why.
@@ -42,12 +44,12 @@ def choose(attention: str, *, head_dim: int, window: int | None, dtype: Dtype) -
     check_choice("attention", attention, ("auto", "fused", "plain"))
     if attention == "plain":
         return None
-    gpu = jax.default_backend() == "gpu"
-    if not gpu and attention == "auto":
+    implementation, unfit = _PLATFORMS.get(jax.default_backend(), ("xla", lambda head_dim, dtype: None))
+    if implementation == "xla" and attention == "auto":
         return None
-    reason = "a sliding window is not supported" if window is not None else _unfit(head_dim, dtype) if gpu else None
+    reason = "a sliding window is not supported" if window is not None else unfit(head_dim, dtype)
     if reason is None:
-        return "cudnn" if gpu else "xla"
+        return implementation
     if attention == "fused":
         raise ValueError(f"attention='fused' is not possible here: {reason}")
     return None
@@ -133,7 +135,7 @@ def _attend(implementation, query, blocks):
 
 def _attend_fwd(implementation, query, blocks):
     """``query [B N, T, H, d]``; a block is keys, values ``[X, U, K, d]``, lengths ``[X]`` (None: causal, X = B N)."""
-    forward = _cudnn_forward if implementation == "cudnn" else _xla_forward
+    forward, _ = _KERNELS[implementation]
     parts = []
     for key, value, length in blocks:
         out, lse = forward(_on(query, key), key, value, length)
@@ -145,7 +147,7 @@ def _attend_fwd(implementation, query, blocks):
 
 def _attend_bwd(implementation, saved, grad):
     query, blocks, out, lse = saved
-    backward = _cudnn_backward if implementation == "cudnn" else _xla_backward
+    _, backward = _KERNELS[implementation]
     grad_query, grad_blocks = jnp.zeros(query.shape, lse.dtype), []
     for key, value, length in blocks:
         # With the normaliser and output of all blocks, the gradient of one block is its part of the whole.
@@ -234,7 +236,18 @@ def _cudnn_backward(query, key, value, length, out, lse, grad):
     return getattr(kernels, _BACKWARD).bind(*operands, **options)[:3]
 
 
-def _unfit(head_dim: int, dtype: Dtype) -> str | None:
+def _unfit_tpu(head_dim: int, dtype: Dtype) -> str | None:
+    """Why the TPU kernels cannot do it, or None."""
+    if jnp.dtype(dtype).name not in ("bfloat16", "float32"):
+        return f"the TPU kernels take bfloat16 and float32, not {jnp.dtype(dtype).name}"
+    if head_dim > 256:
+        return f"the TPU kernels need a head_dim up to 256, got {head_dim}"
+    if not parts_known():
+        return "of several devices the TPU kernels must know the mesh (jax.sharding.use_abstract_mesh) or be mapped"
+    return None
+
+
+def _unfit_gpu(head_dim: int, dtype: Dtype) -> str | None:
     """Why cuDNN cannot do it, or None."""
     if jnp.dtype(dtype).name not in ("bfloat16", "float16"):
         return f"cuDNN takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
@@ -249,3 +262,12 @@ def _unfit(head_dim: int, dtype: Dtype) -> str | None:
     if not hasattr(kernels, _BACKWARD) or not {"q_seqlen", "kv_seqlen", "mask_type", "return_residual"} <= set(known):
         return f"the cuDNN calls of JAX {jax.__version__} are not those of 0.10"
     return None
+
+
+_KERNELS: dict[str, Any] = {
+    "cudnn": (_cudnn_forward, _cudnn_backward),
+    "pallas": (flash_forward, flash_backward),
+    "xla": (_xla_forward, _xla_backward),
+}
+
+_PLATFORMS: dict[str, Any] = {"gpu": ("cudnn", _unfit_gpu), "tpu": ("pallas", _unfit_tpu)}

@@ -7,7 +7,7 @@ from flax import nnx
 from tiltjax.ops.matmul import matmul
 from tiltjax.types import Array, Dtype, Float, PRNGKey
 
-__all__ = ["ACTIVATIONS", "NARROW", "WIDEN", "Linear", "Norm", "rotary", "rotate"]
+__all__ = ["ACTIVATIONS", "NARROW", "WIDEN", "Linear", "Norm", "entry", "rotary", "rotate"]
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -71,6 +71,32 @@ class Norm(nnx.Module):
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         x = x * _along_last(self.scale[...], x)
         return x if self.bias is None else x + _along_last(self.bias[...], x)
+
+
+@jax.custom_jvp
+def entry(x: Array, index: Array) -> Array:
+    """``x[index]``: one layer of a stack, or rows of an embedding.
+
+    XLA on the CPU would widen all of a 16-bit ``x`` to float32 to take some of it; as integers it moves them as they
+    are.
+
+    Args:
+      x: Any array.
+      index: Into its first axis, any shape.
+
+    Returns:
+      ``[*index.shape, *x.shape[1:]]``.
+    """
+    if jax.default_backend() != "cpu" or x.dtype.itemsize != 2:
+        return x[index]
+    # Tied to the index, lest a loop take the change of type out of itself, for all of x.
+    x, index = jax.lax.optimization_barrier((x, index))
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint16)[index], x.dtype)
+
+
+@entry.defjvp
+def _entry_jvp(primals, tangents):
+    return entry(*primals), tangents[0][primals[1]]
 
 
 def rotary(

@@ -12,7 +12,7 @@ from flax import nnx
 from tiltjax.models.attention import KeyValue, Prefix, attention, causal_mask, operand_dtype, prefix_window
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.fused import choose, fused_attention
-from tiltjax.models.layers import ACTIVATIONS, NARROW, WIDEN, Linear, Norm, rotary, rotate
+from tiltjax.models.layers import ACTIVATIONS, NARROW, WIDEN, Linear, Norm, entry, rotary, rotate
 from tiltjax.models.segments import Segments, arrange
 from tiltjax.ops.collectives import spread, whole
 from tiltjax.ops.matmul import dot
@@ -209,6 +209,31 @@ class Transformer(nnx.Module):
         first = jnp.broadcast_to(last, (B, N, 1, c.features))
         return self.norm(jnp.concatenate([first, x[:, 0, S:].reshape(B, N, U, c.features)], axis=2))
 
+    def score_sequences(self, token: Int[Array, "B L"], segment: Int[Array, "B L"], *, chunk: int = 8192) -> TokenStats:
+        """Log-probability, entropy and self-certainty of the tokens of whole sequences that share rows.
+
+        Args:
+          token: Sequences one after another.
+          segment: Which sequence of its row a token belongs to; the tokens of a sequence are consecutive.
+          chunk: As in `score`.
+
+        Returns:
+          `TokenStats`, each field ``[B, L - 1]``: entry l is of token ``l + 1``, after those of its own sequence
+          before it. Of a sequence's first token it says nothing.
+        """
+        c = self.config
+        nobody = Segments(prompt=segment, completion=jnp.zeros((len(segment), 0), segment.dtype))
+        place = arrange(jnp.ones(segment.shape, bool), 0, segments=nobody)
+        x, angles = self._embed(token[:, None], place.prompt_position[:, None])
+
+        def layer(x, block):
+            x, _ = self._prompt_layer(_gathered(block), spread(x), angles, place.prompt_sees)
+            return x, None
+
+        x, _ = jax.lax.scan(_REMAT[c.remat](layer), x, self.blocks)
+        hidden = self.norm(x[:, 0, :-1])
+        return token_logp(hidden, self.projection(), token[:, 1:], chunk=chunk, dtype=c.compute_dtype)
+
     def prefill(
         self, prompt: Int[Array, "B S"], prompt_mask: Bool[Array, "B S"], *, num_candidates: int, max_tokens: int
     ) -> tuple[Float[Array, "B V"], Cache]:
@@ -225,7 +250,9 @@ class Transformer(nnx.Module):
         """
         c = self.config
         x, angles = self._embed_prompt(prompt)
-        x, kv = jax.lax.scan(lambda x, block: self._prompt_layer(block, x, angles), x, self.blocks)
+        x, kv = jax.lax.scan(
+            lambda x, i: self._prompt_layer(_layer_of(self.blocks, i), x, angles), x, jnp.arange(c.num_layers)
+        )
         # Kept as attention reads it, so that no step converts it again.
         kept = operand_dtype(c.compute_dtype)
         kv = jax.tree.map(lambda a: a.astype(kept), kv)
@@ -317,13 +344,12 @@ class Transformer(nnx.Module):
         if isinstance(self.blocks, nnx.List):
             return self
         model = jax.tree.map(lambda x: x, self)
-        layers = range(self.config.num_layers)
-        model.blocks = nnx.List([jax.tree.map(lambda x: x[i], self.blocks) for i in layers])  # noqa: B023
+        model.blocks = nnx.List([_layer_of(self.blocks, jnp.int32(i)) for i in range(self.config.num_layers)])
         return model
 
-    def _prompt_layer(self, block, x, angles):
+    def _prompt_layer(self, block, x, angles, sees=None):
         query, kv = block.project(x, angles)
-        return block.finish(x, self._attend_prompt(query, kv)), kv
+        return block.finish(x, self._attend_prompt(query, kv, sees)), kv
 
     def _attend_prompt(self, query, kv, sees=None):
         c = self.config
@@ -343,7 +369,8 @@ class Transformer(nnx.Module):
         """Embeddings ``[B, N, L, D]`` and rotary angles (``[B or 1, 1, 1, L, R]``: the same for all N and heads)."""
         c = self.config
         # Rounded like every operand, so that `cast` changes no number.
-        x = self.embedding[...][token].astype(c.compute_dtype).astype(jnp.promote_types(c.compute_dtype, jnp.float32))
+        wide = jnp.promote_types(c.compute_dtype, jnp.float32)
+        x = entry(self.embedding[...], token).astype(c.compute_dtype).astype(wide)
         if self.position_embedding is not None:
             return x + self.position_embedding[...][position].astype(x.dtype), None
         assert c.rope_theta is not None
@@ -370,6 +397,10 @@ def _gathered(block: Block) -> Block:
         return whole(leaf, split=leaf.ndim - 1 if last else 0 if first else None)
 
     return jax.tree_util.tree_map_with_path(gather, block)
+
+
+def _layer_of(blocks: Block, i: Int[Array, ""]) -> Block:
+    return jax.tree.map(lambda x: entry(x, i), blocks)
 
 
 def _put(cache: Array, new: Array, place: Int[Array, ""]) -> Array:

@@ -6,6 +6,7 @@ runs alone, under `jax.pmap`, `jax.shard_map` or `jax.vmap(axis_name=...)`.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,19 @@ from jax.sharding import AxisType, PartitionSpec
 
 from tiltjax.types import Array, AxisName, Int, PyTree
 
-__all__ = ["axis_index", "axis_size", "pmax", "pmean", "pmin", "psum", "spread", "whole"]
+__all__ = [
+    "all_gather",
+    "axis_index",
+    "axis_size",
+    "in_parts",
+    "parts_known",
+    "pmax",
+    "pmean",
+    "pmin",
+    "psum",
+    "spread",
+    "whole",
+]
 
 
 def psum(x: PyTree, axis_name: AxisName) -> PyTree:
@@ -44,6 +57,19 @@ def pmin(x: PyTree, axis_name: AxisName) -> PyTree:
     """Smallest value of every leaf over the mapped axis, without gradient; see `psum`."""
     x = jax.lax.stop_gradient(x)
     return x if axis_name is None else jax.lax.pmin(x, axis_name)
+
+
+def all_gather(x: PyTree, axis_name: AxisName) -> PyTree:
+    """The parts of all devices, joined along the leading axis of every leaf, in the order of the mapped axis.
+
+    Args:
+      x: A pytree of arrays of one dimension or more.
+      axis_name: The mapped axis; None leaves ``x`` as it is.
+
+    Returns:
+      The same pytree, every leaf with a leading axis as many times as long as there are devices.
+    """
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
 
 
 def axis_index(axis_name: AxisName) -> Int[Array, ""]:
@@ -98,6 +124,41 @@ def whole(x: Array, *, split: int | None = None, axis: str = "tensor") -> Array:
     if split is not None and x.shape[split] % sizes.get(axis, 1) == 0 and axis in sizes:
         spec[split] = axis
     return _together(PartitionSpec(*spec), x)
+
+
+def in_parts(
+    function: Callable, *arrays: Array, rows: tuple[str, ...] = ("data", "fsdp"), columns: str = "tensor"
+) -> PyTree:
+    """Runs a function on each device for its own part: for kernels that the compiler cannot split.
+
+    Args:
+      function: Of all ``arrays``; treats their first two axes as a batch, and so do its results, all with both axes.
+      *arrays: All with the same first axis, and those of two axes or more with the same second one.
+      rows: Mesh axes that the first axis is split over; as in `spread`, where it divides.
+      columns: Mesh axis of the second one, likewise.
+
+    Returns:
+      What the function returns on whole arrays; without a mesh, the function is just called.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if not free:
+        return function(*arrays)
+
+    def fits(axes, size):
+        axes = tuple(axis for axis in axes if axis in free)
+        return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+
+    sizes = next(x.shape for x in arrays if x.ndim > 1)
+    spec = PartitionSpec(fits(rows, sizes[0]), fits((columns,), sizes[1]))
+    places = tuple(spec if x.ndim > 1 else PartitionSpec(spec[0]) for x in arrays)
+    run = jax.shard_map(function, in_specs=places, out_specs=spec, axis_names=free, check_vma=False)
+    return run(*arrays)
+
+
+def parts_known() -> bool:
+    """Whether `in_parts` can tell every device's part: one device, or a mesh that the program is traced under."""
+    return jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -5,6 +5,7 @@ groups of W slots work through P prompts: a free slot takes the next candidate o
 candidates are all drawn takes the next prompt. The loop is one `jax.lax.while_loop` of static shapes on the device.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,129 @@ class _State:
     out: tuple[Array, Array, Array]
     lengths: Int[Array, "..."]
     steps: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Queue:
+    """What stays the same while the queue is worked through.
+
+    Attributes:
+      prompt: The whole queue, ``[P, S]``.
+      prompt_mask: True on real prompt tokens.
+      waiting: How many of its prompts have any.
+      keys: One per candidate, ``[P, N]``.
+      refill: Puts new prompts into rows of the cache.
+      step: One token further.
+      pick: Draws tokens from logits.
+      stops: Tokens that end a completion.
+      pad_id: Token that fills the rest.
+      groups: G.
+      slots: W.
+      max_tokens: T.
+    """
+
+    prompt: Int[Array, "P S"]
+    prompt_mask: Bool[Array, "P S"]
+    waiting: Int[Array, ""]
+    keys: Key[Array, "P N"]
+    refill: Callable
+    step: Callable
+    pick: Callable
+    stops: Int[Array, "..."]
+    pad_id: int
+    groups: int
+    slots: int
+    max_tokens: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """P, N, T, G, W."""
+        return *self.keys.shape, self.max_tokens, self.groups, self.slots
+
+    def start(self, first: Float[Array, "G V"], cache: Any) -> _State:
+        """The first G prompts are in the cache, and nothing is drawn."""
+        P, N, T, G, W = self.sizes
+        wide = jnp.promote_types(first.dtype, jnp.float32)
+        return _State(
+            cache=cache,
+            first=first,
+            prompt=jnp.arange(G),
+            following=jnp.where(jnp.arange(G) < self.waiting, 0, N),
+            head=jnp.minimum(G, self.waiting),
+            left=self.waiting * N,
+            candidate=jnp.full((G, W), N),
+            length=jnp.zeros((G, W), int),
+            token=jnp.zeros((G, W), jnp.int32),
+            out=(
+                jnp.full((P, N, T), self.pad_id, jnp.int32),
+                jnp.zeros((P, N, T), wide),
+                jnp.zeros((P, N, T), wide),
+            ),
+            lengths=jnp.zeros((P, N), int),
+            steps=jnp.int32(0),
+        )
+
+    def free(self, s: _State) -> Bool[Array, "G"]:
+        """Which groups have handed out and finished all of their candidates."""
+        _, N, *_ = self.sizes
+        return jnp.all(s.candidate == N, axis=1) & (s.following == N)
+
+    def next_prompts(self, s: _State) -> _State:
+        """Puts the prompts at the head of the queue into free groups."""
+        P, _, _, G, _ = self.sizes
+        row = jnp.nonzero(self.free(s), size=_REFILL, fill_value=G)[0]
+        place = s.head + jnp.arange(_REFILL)
+        row = jnp.where(place < self.waiting, row, G)
+        at = jnp.minimum(place, P - 1)
+        logits, cache = self.refill(s.cache, row, self.prompt[at], self.prompt_mask[at])
+        return dataclasses.replace(
+            s,
+            cache=cache,
+            first=s.first.at[row].set(logits, mode="drop"),
+            prompt=s.prompt.at[row].set(place, mode="drop"),
+            following=s.following.at[row].set(0, mode="drop"),
+            head=s.head + jnp.sum(row < G),
+        )
+
+    def next_candidates(self, s: _State) -> _State:
+        """Gives idle slots the candidates of their group's prompt that wait."""
+        _, N, *_ = self.sizes
+        idle = s.candidate == N
+        turn = s.following[:, None] + jnp.cumsum(idle, axis=1) - 1
+        takes = idle & (turn < N)
+        return dataclasses.replace(
+            s,
+            candidate=jnp.where(takes, turn, s.candidate),
+            length=jnp.where(takes, 0, s.length),
+            following=s.following + jnp.sum(takes, axis=1),
+        )
+
+    def append(self, s: _State, logits: Float[Array, "G W V"]) -> _State:
+        """Draws one token for every slot at work, and frees those that it ends."""
+        P, N, T, G, W = self.sizes
+        logits = jnp.where((s.length == 0)[..., None], s.first[:, None], logits)
+        at_work = s.candidate < N
+        i, j = jnp.broadcast_to(s.prompt[:, None], (G, W)), s.candidate
+        drawn = self.pick(self.keys[jnp.minimum(i, P - 1), jnp.minimum(j, N - 1)], s.length, logits)
+        out = tuple(a.at[i, j, s.length].set(x, mode="drop") for a, x in zip(s.out, drawn, strict=True))
+        length = s.length + 1
+        ends = at_work & (jnp.isin(drawn[0], self.stops) | (length == T))
+        return dataclasses.replace(
+            s,
+            out=out,
+            lengths=s.lengths.at[i, j].set(length, mode="drop"),
+            token=drawn[0],
+            length=length,
+            candidate=jnp.where(ends, N, s.candidate),
+            left=s.left - jnp.sum(ends),
+        )
+
+    def advance(self, s: _State) -> _State:
+        """One step of the model on all slots, new prompts and candidates where there is room, one token each."""
+        logits, cache = self.step(s.token, s.cache, jnp.maximum(s.length - 1, 0))
+        s = dataclasses.replace(s, cache=cache, steps=s.steps + 1)
+        s = jax.lax.while_loop(lambda s: jnp.any(self.free(s)) & (s.head < self.waiting), self.next_prompts, s)
+        return self.append(self.next_candidates(s), logits)
 
 
 def decode_queue(
@@ -115,88 +239,28 @@ def decode_queue(
     check_at_least("temperature", temperature, 0)
     check_at_least("top_k", top_k, 1)
     check_fraction("top_p", top_p)
-    (P, _), N, T = prompt.shape, num_candidates, max_tokens
-    G, W = min(groups, P), min(slots, N)
-    stops = jnp.asarray(eos_id).reshape(-1)
-    keys = candidate_keys(key, P, N)
-    pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
-    waiting = jnp.sum(jnp.any(prompt_mask, axis=-1))
-
-    def free(s):
-        return jnp.all(s.candidate == N, axis=1) & (s.following == N)
-
-    def next_prompts(s):
-        row = jnp.nonzero(free(s), size=_REFILL, fill_value=G)[0]
-        place = s.head + jnp.arange(_REFILL)
-        row = jnp.where(place < waiting, row, G)
-        at = jnp.minimum(place, P - 1)
-        logits, cache = refill(s.cache, row, prompt[at], prompt_mask[at])
-        return s.replace(
-            cache=cache,
-            first=s.first.at[row].set(logits, mode="drop"),
-            prompt=s.prompt.at[row].set(place, mode="drop"),
-            following=s.following.at[row].set(0, mode="drop"),
-            head=s.head + jnp.sum(row < G),
-        )
-
-    def next_candidates(s):
-        idle = s.candidate == N
-        turn = s.following[:, None] + jnp.cumsum(idle, axis=1) - 1
-        takes = idle & (turn < N)
-        return s.replace(
-            candidate=jnp.where(takes, turn, s.candidate),
-            length=jnp.where(takes, 0, s.length),
-            following=s.following + jnp.sum(takes, axis=1),
-        )
-
-    def append(s, logits):
-        """Draws one token for every slot at work, and frees those that it ends."""
-        logits = jnp.where((s.length == 0)[..., None], s.first[:, None], logits)
-        at_work = s.candidate < N
-        i, j = jnp.broadcast_to(s.prompt[:, None], (G, W)), s.candidate
-        drawn = pick(keys[jnp.minimum(i, P - 1), jnp.minimum(j, N - 1)], s.length, logits)
-        out = tuple(a.at[i, j, s.length].set(x, mode="drop") for a, x in zip(s.out, drawn, strict=True))
-        length = s.length + 1
-        ends = at_work & (jnp.isin(drawn[0], stops) | (length == T))
-        return s.replace(
-            out=out,
-            lengths=s.lengths.at[i, j].set(length, mode="drop"),
-            token=drawn[0],
-            length=length,
-            candidate=jnp.where(ends, N, s.candidate),
-            left=s.left - jnp.sum(ends),
-        )
-
-    def advance(s):
-        logits, cache = step(s.token, s.cache, jnp.maximum(s.length - 1, 0))
-        s = s.replace(cache=cache, steps=s.steps + 1)
-        s = jax.lax.while_loop(lambda s: jnp.any(free(s)) & (s.head < waiting), next_prompts, s)
-        return append(next_candidates(s), logits)
-
-    first, cache = prefill(prompt[:G], prompt_mask[:G])
-    wide = jnp.promote_types(first.dtype, jnp.float32)
-    state = _State(
-        cache=cache,
-        first=first,
-        prompt=jnp.arange(G),
-        following=jnp.where(jnp.arange(G) < waiting, 0, N),
-        head=jnp.minimum(G, waiting),
-        left=waiting * N,
-        candidate=jnp.full((G, W), N),
-        length=jnp.zeros((G, W), int),
-        token=jnp.zeros((G, W), jnp.int32),
-        out=(
-            jnp.full((P, N, T), pad_id, jnp.int32),
-            jnp.zeros((P, N, T), wide),
-            jnp.zeros((P, N, T), wide),
-        ),
-        lengths=jnp.zeros((P, N), int),
-        steps=jnp.int32(0),
+    P, N = len(prompt), num_candidates
+    queue = _Queue(
+        prompt=prompt,
+        prompt_mask=prompt_mask,
+        waiting=jnp.sum(jnp.any(prompt_mask, axis=-1)),
+        keys=candidate_keys(key, P, N),
+        refill=refill,
+        step=step,
+        pick=functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p),
+        stops=jnp.asarray(eos_id).reshape(-1),
+        pad_id=pad_id,
+        groups=min(groups, P),
+        slots=min(slots, N),
+        max_tokens=max_tokens,
     )
-    state = append(next_candidates(state), jnp.broadcast_to(first[:, None], (G, W, first.shape[-1])))
-    state = jax.lax.while_loop(lambda s: s.left > 0, advance, state)
+    G, W = queue.groups, queue.slots
+    first, cache = prefill(prompt[:G], prompt_mask[:G])
+    state = queue.next_candidates(queue.start(first, cache))
+    state = queue.append(state, jnp.broadcast_to(first[:, None], (G, W, first.shape[-1])))
+    state = jax.lax.while_loop(lambda s: s.left > 0, queue.advance, state)
     token, logp, sampled = state.out
-    mask = jnp.arange(T)[None, None] < state.lengths[..., None]
+    mask = jnp.arange(max_tokens)[None, None] < state.lengths[..., None]
     return Decoded(
         completion=token, completion_mask=mask, token_logp=logp, sampled_token_logp=sampled, steps=state.steps
     )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
-from tiltjax.ops.collectives import axis_index, axis_size, psum
+from tiltjax.ops.collectives import all_gather, axis_index, axis_size
 from tiltjax.ops.masked import as_float
 from tiltjax.samplers.denoise import Denoiser, LogWeight, levels, reverse_kernel, twisted_mean
 from tiltjax.samplers.resample import resample
@@ -142,11 +142,10 @@ def smc(
         return dataclasses.replace(carry, log_weights=log_weights, gained=aim, peak=peak, total=total)
 
     def select(key: PRNGKey, carry: _Carry, weights: Array, log_z: Array) -> _Carry:
-        ancestors = resample(key, _gather(weights, axis_name), num=everyone, method=method)
+        ancestors = resample(key, all_gather(weights, axis_name), num=everyone, method=method)
         mine = jax.lax.dynamic_slice_in_dim(ancestors, axis_index(axis_name) * count, count)
-        state, gained, peak, total = jax.tree.map(
-            lambda x: _gather(x, axis_name)[mine], (carry.state, carry.gained, carry.peak, carry.total)
-        )
+        everywhere = all_gather((carry.state, carry.gained, carry.peak, carry.total), axis_name)
+        state, gained, peak, total = jax.tree.map(lambda x: x[mine], everywhere)
         log_z = carry.log_z + log_z
         return _Carry(state=state, log_weights=zero, gained=gained, peak=peak, total=total, log_z=log_z)
 
@@ -250,13 +249,3 @@ def _pass(carry: _Carry, step: Array, last: Array) -> _Carry:
 def _vary(x: Array, axis_name: AxisName) -> Array:
     """``x`` as a value of each device, though it may be the same on all: what a loop over devices carries."""
     return x if axis_name is None else jnp.where(axis_index(axis_name) >= 0, x, x)
-
-
-def _gather(x: Array, axis_name: AxisName) -> Array:
-    """The parts ``[n, ...]`` of all devices as one array, on every device."""
-    if axis_name is None:
-        return x
-    numbers = x.astype(jnp.int32) if x.dtype == bool else x
-    whole = jnp.zeros((axis_size(axis_name) * len(x), *x.shape[1:]), numbers.dtype)
-    start = axis_index(axis_name) * len(x)
-    return psum(jax.lax.dynamic_update_slice_in_dim(whole, numbers, start, axis=0), axis_name).astype(x.dtype)

@@ -20,6 +20,7 @@ from tiltjax.models.heads import RewardModel
 from tiltjax.models.tensor_files import read_json, write_json
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.reward_model import LIKELIHOOD, RewardSpec, make_reward
+from tiltjax.train.rollout import score_all
 from tiltjax.types import Array, Float
 
 __all__ = ["LearnedReward", "encode", "load_reward_model", "reward_all", "save_reward_model", "source_of"]
@@ -61,12 +62,8 @@ def reward_all(
     Returns:
       Reward units.
     """
-    parts = []
-    for start in range(0, len(candidates.prompt), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(candidates.prompt)))
-        value = scorer(model, batches.take(candidates, np.resize(rows, batch_size)))
-        parts.append(np.asarray(value)[: len(rows)])
-    return np.concatenate(parts)
+    options: dict[str, Any] = {"keep": ("ref_logp", "where"), "buckets": 1, "description": None}
+    return np.asarray(score_all(model, candidates, scorer=scorer, batch_size=batch_size, **options))
 
 
 def source_of(policy: str) -> str | os.PathLike:

@@ -3,17 +3,28 @@
 from collections.abc import Callable, Mapping
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from tiltjax.data.candidates import Candidates
+from tiltjax.data.packing import Sequences
 from tiltjax.losses import mle, preference
 from tiltjax.models.lora import combine
-from tiltjax.ops.masked import average, masked_mean
+from tiltjax.ops.masked import Average, average, masked_mean
 from tiltjax.ops.tokens import sequence_logp
 from tiltjax.tilt.partition import leave_one_out_log_partition
 from tiltjax.types import Array, Bool, Float, Int, Params, PRNGKey
 
-__all__ = ["Kernel", "VarBatch", "likelihood_objective", "method_kernel", "sft_objective", "var_objective"]
+__all__ = [
+    "Kernel",
+    "VarBatch",
+    "candidate_weights",
+    "likelihood_objective",
+    "method_kernel",
+    "packed_objective",
+    "sft_objective",
+    "var_objective",
+]
 
 Kernel = Callable[[Float[Array, "B N"], Candidates], tuple[Float[Array, "B"], Mapping[str, Float[Array, "B"]]]]
 """``(logp, candidates) -> (loss per prompt, metrics per prompt)``."""
@@ -79,6 +90,59 @@ def likelihood_objective(kernel: Kernel, *, temperature: float = 1.0) -> Callabl
         real = _real(batch)
         metrics = {**metrics, "logp": masked_mean(logp, batch.where)}
         return average(values, real), {name: average(value, real) for name, value in metrics.items()}
+
+    return loss_fn
+
+
+def candidate_weights(kernel: Kernel, batch: Candidates) -> Float[Array, "B N"]:
+    r"""What a likelihood method weighs each candidate by.
+
+    .. math:: w_{bn} = -\frac{\partial \mathcal L_b}{\partial \log \pi(y_{bn})}, \qquad
+              \mathcal L_b = -\sum_n w_{bn} \log \pi(y_{bn})
+
+    Args:
+      kernel: Linear in the log-probabilities: of "sft", "tilted_mle", "best_of_n_sft" or "var_importance".
+      batch: Candidates with what the kernel reads of them.
+
+    Returns:
+      Weights; 0 of what is masked.
+
+    Raises:
+      ValueError: If the kernel is not linear.
+    """
+
+    def loss(logp):
+        return jnp.sum(kernel(logp, batch)[0])
+
+    zeros = jnp.zeros(batch.completion.shape[:2])
+    apart = -jnp.arange(zeros.size, dtype=zeros.dtype).reshape(zeros.shape)
+    weights, elsewhere = (jax.grad(loss)(logp) for logp in (zeros, apart))
+    if not jnp.allclose(weights, elsewhere):
+        raise ValueError("kernel must be linear in the log-probabilities, such as that of sft; this one is not")
+    return -weights
+
+
+def packed_objective() -> Callable:
+    r"""The loss of a likelihood method, per prompt, on packed sequences.
+
+    .. math:: \mathcal L = -\frac{1}{B} \sum_{bn} w_{bn} \log \pi(y_{bn} \mid x_b)
+
+    On what `tiltjax.data.packing.pack_sequences` makes of candidates and their `candidate_weights`, loss and gradient
+    are those of `likelihood_objective` on the candidates.
+
+    Returns:
+      ``(params, frozen, sequences, key) -> (Average, metrics)``, as of `likelihood_objective`. The metric ``logp`` is
+      the mean by the weights: of the candidates that count.
+    """
+
+    def loss_fn(params: Params, frozen: Params, batch: Sequences, key: PRNGKey):
+        model = params if frozen is None else combine(params, frozen)
+        logp = model.score_sequences(batch.token, batch.segment).logp
+        weight = batch.weight[:, 1:]
+        total, prompts = jnp.sum(jnp.where(weight != 0, weight * logp, 0)), jnp.sum(batch.count)
+        first = (weight != 0) & (batch.weight[:, :-1] == 0)
+        mass = jnp.sum(jnp.where(first, weight, 0))
+        return Average(total=-total, count=prompts), {"logp": Average(total=total, count=mass)}
 
     return loss_fn
 

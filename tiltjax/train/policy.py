@@ -4,12 +4,14 @@ Parameters are the whole model, or, with ``frozen``, the trained part of `tiltja
 reference, the initial and the previous policy cost no more memory than their adapters.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from tiltjax.data.candidates import Candidates
 from tiltjax.losses.game import geometric_mixture_logits
@@ -19,11 +21,12 @@ from tiltjax.models.transformer import Transformer
 from tiltjax.ops.checks import check_choice
 from tiltjax.ops.masked import Average, average, masked_sum
 from tiltjax.ops.tokens import chunked_kl, token_logp
-from tiltjax.samplers.decode import decode
+from tiltjax.samplers.decode import Decoded, decode
 from tiltjax.train.method import SOURCES, Players, Sample, View, ViewFn
-from tiltjax.types import Array, Params, PRNGKey
+from tiltjax.train.rollout import make_sampler, narrow
+from tiltjax.types import Params, PRNGKey
 
-__all__ = ["kl_along_prefixes", "model_sample", "model_view", "with_critics"]
+__all__ = ["at_work", "kl_along_prefixes", "model_sample", "model_view", "with_critics"]
 
 
 def with_critics(model: Params, *, features: int, num: int = 1) -> dict[str, Params]:
@@ -45,19 +48,23 @@ def _model(params: Params, frozen: Params) -> Transformer:
     return trained if frozen is None else combine(trained, frozen)
 
 
-def model_view(*, frozen: Params = None, temperature: float = 1.0, chunk: int = 8192) -> ViewFn:
+def model_view(
+    *, frozen: Params = None, temperature: float = 1.0, chunk: int = 8192, rows: int | None = None
+) -> ViewFn:
     """How a `Transformer` sees candidates.
 
     Args:
-      frozen: The other half of `tiltjax.models.lora.partition`, or None.
+      frozen: The other half of `tiltjax.models.lora.partition`, or None. Under `jax.jit` it is an argument of the
+        compiled function from which this is called, lest a model become a constant of the program.
       temperature: At which candidates are drawn: log-probabilities are those of the distribution that was sampled.
       chunk: Vocabulary entries per step of `tiltjax.ops.tokens.token_logp`.
+      rows: Most prompts at a time, to save memory: a batch that is a multiple of it goes through in parts. None is all.
 
     Returns:
       `ViewFn`; with values where the parameters are those of `with_critics`.
     """
 
-    def view(params: Params, candidates: Candidates) -> View:
+    def look(params: Params, candidates: Candidates) -> View:
         model = _model(params, frozen)
         hidden = model.hidden(candidates.prompt, candidates.prompt_mask, candidates.completion)
         options: dict[str, Any] = {"temperature": temperature, "chunk": chunk, "dtype": model.config.compute_dtype}
@@ -68,7 +75,40 @@ def model_view(*, frozen: Params = None, temperature: float = 1.0, chunk: int = 
             value = hidden @ critic["kernel"] + critic["bias"].reshape(1, 1, 1, -1)
         return View(token_logp=stats.logp, entropy=stats.entropy, self_certainty=stats.self_certainty, value=value)
 
+    def view(params: Params, candidates: Candidates) -> View:
+        B = len(candidates.prompt)
+        if rows is None or rows >= B or B % rows:
+            return look(params, candidates)
+        # Every part takes its rows from all of the batch, so that a batch that is split over devices stays where it is.
+        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(rows, B // rows, *x.shape[1:]), 0, 1), candidates)
+        seen = jax.lax.map(functools.partial(look, params), parts)
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(B, *x.shape[2:]), seen)
+
     return view
+
+
+def at_work(players: Players, sources: Collection[str], *, frozen: Params = None) -> Players:
+    """The players as `model_sample` reads them fastest, to be made once for all the draws of a round.
+
+    Args:
+      players: Policies.
+      sources: Who is going to write, of `tiltjax.train.method.SOURCES`.
+      frozen: As in `model_view`.
+
+    Returns:
+      The players that write as whole models without critics, their matrices in the type that they are multiplied in;
+      the others as they are. The candidates are the same.
+    """
+    ready = functools.partial(_ready, frozen=frozen)
+    names = {"previous", "reference", "initial"} & {*sources, *(["reference"] if "mixture" in sources else [])}
+    changes: dict[str, Any] = {name: ready(getattr(players, name)) for name in sorted(names)}
+    if {"current", "greedy", "mixture"} & set(sources):
+        changes["state"] = dataclasses.replace(players.state, params=ready(players.state.params))
+    return dataclasses.replace(players, **changes)
+
+
+def _ready(params: Params, frozen: Params) -> Transformer:
+    return narrow(_model(params, frozen))
 
 
 def model_sample(
@@ -81,6 +121,8 @@ def model_sample(
     top_k: int | None = None,
     top_p: float | None = None,
     mixture: float = 0.5,
+    slots: int | None = None,
+    mesh: Mesh | None = None,
     written: Callable[[PRNGKey, str, Candidates, int], Candidates] | None = None,
 ) -> Sample:
     """How the candidates of a `Transformer` are drawn, by any player.
@@ -89,11 +131,13 @@ def model_sample(
       max_tokens: T.
       eos_id: Token (or tokens) that end a completion.
       pad_id: Fills the rest.
-      frozen: As in `model_view`.
+      frozen: As in `model_view`; None for the players of `at_work`.
       temperature: Softmax temperature.
       top_k: See `tiltjax.samplers.logits`.
       top_p: Likewise.
       mixture: Share of the reference in the source "mixture", token by token.
+      slots: Candidates at a time, of all sources but "mixture"; see `tiltjax.train.rollout.make_sampler`.
+      mesh: Likewise.
       written: ``(key, source, prompts, num) -> Candidates`` for the sources "data" and "corpus".
 
     Returns:
@@ -104,23 +148,25 @@ def model_sample(
     shape: dict[str, Any] = {"max_tokens": max_tokens, "eos_id": eos_id, "pad_id": pad_id}
     filters: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
-    @functools.partial(jax.jit, static_argnames=("num", "greedy", "mixed"))
-    def run(key, params, other, prompt, prompt_mask, *, num, greedy, mixed):
-        models = [_model(p, frozen) for p in ((params, other) if mixed else (params,))]
-        room = {"num_candidates": num, "max_tokens": max_tokens}
-        begun = [model.prefill(prompt, prompt_mask, **room) for model in models]
-        models = [model.unstacked() for model in models]
+    @functools.cache
+    def alone(num: int, greedy: bool) -> Callable[..., Decoded]:
+        how = {"temperature": 0.0} if greedy else filters
+        return make_sampler(num_candidates=num, slots=slots, mesh=mesh, **shape, **how)
 
-        def blend(logits: list[Array]) -> Array:
-            return geometric_mixture_logits(*logits, mixture=mixture) if mixed else logits[0]
+    @functools.partial(jax.jit, static_argnames="num")
+    def mixed(key, models, prompt, prompt_mask, *, num):
+        models = [model.cast(model.config.compute_dtype) for model in models]
+        begun = [model.prefill(prompt, prompt_mask, num_candidates=num, max_tokens=max_tokens) for model in models]
+        models = [model.unstacked() for model in models]
 
         def step(token, caches):
             stepped = [model.decode_step(token, cache) for model, cache in zip(models, caches, strict=True)]
-            return blend([logits for logits, _ in stepped]), tuple(cache for _, cache in stepped)
+            logits, caches = zip(*stepped, strict=True)
+            return geometric_mixture_logits(*logits, mixture=mixture), caches
 
-        first, caches = blend([logits for logits, _ in begun]), tuple(cache for _, cache in begun)
-        how = {"temperature": 0.0} if greedy else filters
-        return decode(key, first, caches, step, num_candidates=num, **shape, **how)
+        logits, caches = zip(*begun, strict=True)
+        first = geometric_mixture_logits(*logits, mixture=mixture)
+        return decode(key, first, caches, step, num_candidates=num, **shape, **filters)
 
     def sample(key: PRNGKey, players: Players, source: str, prompts: Candidates, num: int) -> Candidates:
         check_choice("source", source, SOURCES)
@@ -129,11 +175,12 @@ def model_sample(
                 raise ValueError(f"written must be given for the source {source!r}, got None")
             return written(key, source, prompts, num)
         others = {"previous": players.previous, "reference": players.reference, "initial": players.initial}
-        mixed = source == "mixture"
-        params = others.get(source, players.state.params)
-        other = players.reference if mixed else None
-        how = {"num": num, "greedy": source == "greedy", "mixed": mixed}
-        drawn = run(key, params, other, prompts.prompt, prompts.prompt_mask, **how)
+        model = _model(others.get(source, players.state.params), frozen)
+        asked = (prompts.prompt, prompts.prompt_mask)
+        if source == "mixture":
+            drawn = mixed(key, [model, _model(players.reference, frozen)], *asked, num=num)
+        else:
+            drawn = alone(num, source == "greedy")(key, model, *asked)
         return Candidates(
             prompt=prompts.prompt,
             prompt_mask=prompts.prompt_mask,

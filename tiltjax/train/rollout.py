@@ -23,7 +23,7 @@ from tiltjax.samplers.continuous import decode_queue, grid_of
 from tiltjax.samplers.decode import Decoded, decode
 from tiltjax.train import distributed
 from tiltjax.train.sharding import BATCH
-from tiltjax.types import Array, Bool, Float, Int, PRNGKey
+from tiltjax.types import Array, Bool, Float, Int, Params, PRNGKey
 
 __all__ = ["collect", "make_sampler", "make_scorer", "narrow", "score_all"]
 
@@ -130,8 +130,14 @@ def narrow(model: Transformer) -> Transformer:
     Returns:
       The same numbers, converted once for many calls.
     """
-    dtype = model.config.compute_dtype
-    return model if dtype == jnp.float32 else jax.jit(lambda m: m.cast(dtype))(model)
+    leaves, narrowed = jax.tree.leaves(model), jax.tree.leaves(jax.eval_shape(_narrow, model))
+    done = all(a.dtype == b.dtype for a, b in zip(leaves, narrowed, strict=True))
+    return model if done else _narrow(model)
+
+
+@jax.jit
+def _narrow(model: Transformer) -> Transformer:
+    return model.cast(model.config.compute_dtype)
 
 
 def collect(
@@ -233,37 +239,41 @@ def collect(
 
 
 def score_all(
-    model: Transformer,
+    model: Params,
     candidates: Candidates,
     *,
     batch_size: int,
-    scorer: Callable[[Transformer, Candidates], Float[Array, "B N"]] | None = None,
+    scorer: Callable[[Any, Candidates], Float[Array, "B N"]] | None = None,
+    keep: Sequence[str] = (),
     buckets: int = 4,
     sharding: Sharding | None = None,
-    description: str = "score",
+    description: str | None = "score",
 ) -> Float[Array, "B N"]:
-    """Log-probability of every completion under ``model``, batch by batch.
+    """Log-probability of every completion under ``model``, or what else ``scorer`` says of it, batch by batch.
 
     Args:
-      model: Any policy.
+      model: Any policy, or what ``scorer`` takes.
       candidates: B prompts with N completions each.
       batch_size: Prompts at a time.
-      scorer: From `make_scorer`, to share its compilation between calls.
+      scorer: From `make_scorer`, to share its compilation between calls; None makes one.
+      keep: Fields ``[B, N]`` of the candidates that ``scorer`` reads beside tokens and masks.
       buckets: Most shapes (prompt length by completion length) that batches are padded to, each a compilation; 1 leaves
         the arrays as wide as they are.
       sharding: Where a batch goes.
-      description: Of the progress bar.
+      description: Of the progress bar and of the line in the log; None leaves both out.
 
     Returns:
       Nats, NumPy ``[B, N]``.
     """
     scorer = scorer or make_scorer()
-    bare = Candidates(**{f: getattr(candidates, f) for f in ("prompt", "prompt_mask", "completion", "completion_mask")})
+    fields = ("prompt", "prompt_mask", "completion", "completion_mask", *keep)
+    bare = Candidates(**{name: getattr(candidates, name) for name in fields})
     ends = bare.completion_mask.sum(axis=-1).max(axis=-1)
     lengths = np.stack([np.asarray(bare.prompt_mask).sum(axis=-1), np.asarray(ends)], axis=1)
     widths = (bare.prompt.shape[-1], bare.completion.shape[-1])
     plan = batches_of(lengths, widths, batch_size=batch_size, most=buckets)
-    _report(description, lengths, plan, widths)
+    if description is not None:
+        _report(description, lengths, plan, widths)
     mine = distributed.host_rows(sharding, batch_size)
 
     def start(batch: Batch) -> Array:
@@ -271,7 +281,8 @@ def score_all(
         return scorer(model, distributed.global_batch(part, sharding, batch_size))
 
     out = np.zeros(bare.completion.shape[:2], np.float32)
-    with tqdm(total=len(lengths), desc=description, unit="prompt", disable=not distributed.is_main()) as bar:
+    silent = description is None or not distributed.is_main()
+    with tqdm(total=len(lengths), desc=description, unit="prompt", disable=silent) as bar:
         for batch, logp in _overlapped(plan, start, lambda _, logp: distributed.fetch(logp)):
             out[batch.rows[: batch.real]] = logp[: batch.real]
             bar.update(batch.real)
@@ -291,7 +302,8 @@ def _overlapped(work: Iterable[Any], start: Callable[[Any], Any], finish: Callab
 
 
 def _trim(part: Candidates, S: int, T: int) -> Candidates:
-    return Candidates(
+    return dataclasses.replace(
+        part,
         prompt=part.prompt[:, :S],
         prompt_mask=part.prompt_mask[:, :S],
         completion=part.completion[..., :T],

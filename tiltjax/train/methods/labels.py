@@ -210,7 +210,10 @@ def implied(now: Round, batch: Batch) -> Batch:
 
 
 def informative(now: Round, batch: Batch) -> Batch:
-    """DAPO's dynamic sampling, without the sampling: prompts whose candidates all have one reward do not count."""
+    """DAPO's dynamic sampling: prompts whose candidates all have one reward do not count.
+
+    Where the loop can (`Method.resample`) it has drawn others in their place, and this masks what is left.
+    """
     low = jnp.min(jnp.where(batch.where, batch.reward, jnp.inf), axis=-1)
     high = jnp.max(jnp.where(batch.where, batch.reward, -jnp.inf), axis=-1)
     return batch.change(where=batch.where & (high > low)[:, None])

@@ -8,10 +8,16 @@ import optax
 
 from tiltjax.advantages import batch_whitened, prime_advantage
 from tiltjax.losses import policy_gradient as pg
-from tiltjax.losses.constrained import combined_advantage, init_multiplier, ptx_loss, update_multiplier
+from tiltjax.losses.constrained import (
+    Multiplier,
+    combined_advantage,
+    init_multiplier,
+    ptx_loss,
+    update_multiplier,
+)
 from tiltjax.losses.penalties import kl_k3
 from tiltjax.losses.process import implicit_prm_ce_loss, implicit_process_reward
-from tiltjax.ops.masked import Average, average
+from tiltjax.ops.masked import Average, average, masked_mean
 from tiltjax.ops.tokens import sequence_logp
 from tiltjax.train.method import Batch, Memory, Method, ReferenceUpdate, Round, View
 from tiltjax.train.methods.labels import (
@@ -38,6 +44,7 @@ VALUE_WEIGHT = 0.1
 PROCESS_BETA = 0.05
 PROCESS_RATE = 1e-3
 PTX_WEIGHT = 0.1
+DAPO_DRAWS = 9
 
 
 def _reinforce(token_logp, old_token_logp, advantage, mask):
@@ -79,7 +86,11 @@ def _ptx_ppo_loss(view: View, batch: Batch, beta: Numeric) -> Average:
 def _cost_update(now: Round, batch: Batch, memory: PyTree) -> PyTree:
     if now.feedback.cost is None:
         raise ValueError("feedback must have a cost for a constrained method, got None")
-    return update_multiplier(memory, now.feedback.cost)
+    return update_multiplier(memory, now.feedback.cost, batch.where)
+
+
+def _multiplier(memory: Multiplier) -> dict[str, Array]:
+    return {"multiplier": jnp.exp(memory.log_multiplier), "cost": masked_mean(memory.cost, memory.seen)}
 
 
 def _safe(now: Round, batch: Batch) -> Batch:
@@ -159,11 +170,11 @@ POLICY_GRADIENT = (
     Method("dr_grpo", "Liu et al., 2025, arXiv:2503.20783", surrogate(_clip, mode="dr_grpo", kl=kl_k3),
            (("current", 8),), advantage=centred, beta=0.0, learning_rate=1e-6),
     Method("dapo", "Yu et al., 2025, arXiv:2503.14476", surrogate(_wide, mode="token_mean", kl=kl_k3),
-           (("current", 16),), label=chain(overlong, informative), advantage=group_scaled, beta=0.0,
-           learning_rate=1e-6),
+           (("current", 16),), label=chain(informative, overlong), advantage=group_scaled, beta=0.0,
+           resample=DAPO_DRAWS, learning_rate=1e-6),
     Method("dapo_4_epochs", "Yu et al., 2025, arXiv:2503.14476", surrogate(_wide, mode="token_mean", kl=kl_k3),
-           (("current", 16),), label=chain(overlong, informative), advantage=group_scaled, epochs=4, beta=0.0,
-           learning_rate=1e-6),
+           (("current", 16),), label=chain(informative, overlong), advantage=group_scaled, epochs=4, beta=0.0,
+           resample=DAPO_DRAWS, learning_rate=1e-6),
     Method("gspo", "Zheng et al., 2025, arXiv:2507.18071",
            surrogate(pg.gspo_loss, mode="seq_mean_token_mean", kl=kl_k3), (("current", 16),),
            advantage=group_scaled, epochs=4, beta=0.0, learning_rate=1e-6),
@@ -171,14 +182,14 @@ POLICY_GRADIENT = (
            surrogate(functools.partial(pg.cispo_loss, max_ratio=5.0), mode="token_mean", kl=kl_k3),
            (("current", 16),), advantage=group_scaled, epochs=4, beta=0.0, learning_rate=1e-6),
     Method("ppo", "Schulman et al., 2017, arXiv:1707.06347", _ppo_loss, (("current", 1),), advantage=_ppo, epochs=4,
-           beta=0.05, learning_rate=3e-6),
+           critics=1, beta=0.05, learning_rate=3e-6),
     Method("ppo_ptx", "Ouyang et al., 2022, arXiv:2203.02155", _ptx_ppo_loss, (("current", 3), ("corpus", 1)),
-           label=first_source, advantage=_ppo, epochs=4, beta=0.02, learning_rate=9e-6),
+           label=first_source, advantage=_ppo, epochs=4, critics=1, beta=0.02, learning_rate=9e-6),
     Method("mdloo", "Gunter et al., 2024, arXiv:2407.21075", _mdloo_loss, (("current", 8),), label=regularised,
            advantage=left_out, epochs=4, beta=0.05),
     Method("safe_rlhf", "Dai et al., 2023, arXiv:2310.12773", _ppo_loss, (("current", 1),), advantage=_safe,
-           epochs=4, memory=Memory(init=lambda params: init_multiplier(1.0), update=_cost_update), beta=0.02,
-           learning_rate=1e-5, optimum="constrained"),
+           epochs=4, critics=2, beta=0.02, learning_rate=1e-5, optimum="constrained",
+           memory=Memory(init=lambda params: init_multiplier(1.0), update=_cost_update, measures=_multiplier)),
     Method("prime", "Cui et al., 2025, arXiv:2502.01456", surrogate(_clip, mode="token_mean"), (("current", 4),),
            label=regularised, advantage=_prime, memory=process_reward_memory(), beta=0.0, learning_rate=5e-7),
 )  # fmt: skip

@@ -1,0 +1,239 @@
+"""What a record of `experiments.align` may need besides prompts and a reward: demonstrations, a corpus, a cost, votes.
+
+`NEEDS` says which flag a record cannot do without, `load_given` reads what they name, `feedback` is everything that is
+found out about drawn candidates.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tiltjax.data import text
+from tiltjax.data.candidates import Candidates, pad, supervised, take
+from tiltjax.data.datasets import read
+from tiltjax.rewards.gate import required_columns
+from tiltjax.rewards.internal import cluster_answers
+from tiltjax.rewards.registry import load_reward
+from tiltjax.rewards.verifiers import as_number, extract_answer
+from tiltjax.train.learned_reward import load_reward_model
+from tiltjax.train.method import Feedback, Method
+from tiltjax.types import Array, Bool, Int, PRNGKey
+
+__all__ = ["LEARNED", "NEEDS", "Given", "answer_ids", "feedback", "load_cost", "load_given"]
+
+LEARNED = "model:"
+"""Before the directory of a reward model of `experiments.reward_model`."""
+
+NEEDS: dict[str, Callable[[Method], bool]] = {
+    "demonstrations": lambda record: "data" in record.sources,
+    "corpus": lambda record: "corpus" in record.sources,
+    "cost": lambda record: record.constrained,
+}
+"""Flag -> whether a record needs it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the flags of `NEEDS` name.
+
+    Attributes:
+      demonstrations: Token ids of the demonstrations of every training prompt, or None.
+      corpus: One completion for each of its own prompts, or None.
+      cost: A reward whose values above 0 mean harm, or None.
+      fingerprint: Of all of it; empty where there is nothing.
+    """
+
+    demonstrations: list[list[list[int]]] | None = None
+    corpus: Candidates | None = None
+    cost: Any = None
+    fingerprint: str = ""
+
+    def demonstrated(self, key: PRNGKey, rows: Int[Array, "B"], prompts: Candidates, num: int) -> Candidates:
+        """``num`` demonstrations of each of the training prompts ``rows``, in an order that the key decides."""
+        assert self.demonstrations is not None
+        T, rng, picked = prompts.completion.shape[-1], _generator(key), []
+        for row in rows:
+            told = self.demonstrations[row]
+            picked += [told[i] for i in np.resize(rng.permutation(len(told)), num)]
+        tokens, mask = pad(picked, length=T, truncate="right")
+        shape = (len(rows), num, T)
+        return _undrawn(prompts, tokens.reshape(shape), mask.reshape(shape))
+
+    def mixed_in(self, key: PRNGKey, place: Bool[np.ndarray, "N"], drawn: Candidates, told: Feedback) -> tuple:
+        """The batch with as many rows again: a text of the corpus on its own prompt, in the corpus's place among N.
+
+        Args:
+          key: Decides which texts.
+          place: True where a place is the corpus's.
+          drawn: Candidates; what stands in those places does not count.
+          told: Of them.
+
+        Returns:
+          Candidates and feedback of twice the rows.
+        """
+        assert self.corpus is not None
+        B, N, T = drawn.completion.shape
+        S = max(drawn.prompt.shape[1], self.corpus.prompt.shape[1])
+        text_ = take(self.corpus, _generator(key).integers(len(self.corpus.prompt), size=B))
+        wide = lambda x: np.pad(x, [(0, 0), (0, S - x.shape[1])])  # noqa: E731
+        every = lambda x: np.broadcast_to(x, (B, N, T))  # noqa: E731
+        where = np.stack([np.broadcast_to(~place, (B, N)), np.broadcast_to(place, (B, N))])
+        both = lambda a, b: np.concatenate([a, b])  # noqa: E731
+        mask = both(drawn.completion_mask, every(text_.completion_mask)) & where.reshape(2 * B, N, 1)
+        batch = Candidates(
+            prompt=both(wide(drawn.prompt), wide(text_.prompt)),
+            prompt_mask=both(wide(drawn.prompt_mask), wide(text_.prompt_mask)),
+            completion=both(drawn.completion, every(text_.completion)),
+            completion_mask=mask,
+            old_token_logp=both(drawn.old_token_logp, np.zeros((B, N, T), np.float32)),
+            where=where.reshape(2 * B, N),
+        )
+        return batch, jax.tree.map(lambda x: both(x, np.zeros_like(x)), told)
+
+
+def load_given(config: Any, record: Method | None, rows: Sequence[Any], tokenizer: text.Tokenizer) -> Given:
+    """Reads what the record needs; nothing else is opened.
+
+    Args:
+      config: Of `experiments.align`.
+      record: None for a method that is no record.
+      rows: The training prompts.
+      tokenizer: Of the policy.
+
+    Returns:
+      `Given`.
+
+    Raises:
+      ValueError: In one line, if a demonstration or a column is missing, or a model is not one of a cost.
+      OSError: If there is no such file.
+    """
+    wanted = [] if record is None else [name for name, needs in NEEDS.items() if needs(record)]
+    found: dict[str, Any] = {}
+    parts: list[str] = []
+    if "demonstrations" in wanted:
+        told = _demonstrations(config, rows)
+        prompts = [row.prompt for row, group in zip(rows, told, strict=True) for _ in group]
+        flat = text.encode_completions(tokenizer, [one for group in told for one in group], prompts=prompts)
+        ends = np.cumsum([len(group) for group in told]).tolist()
+        found["demonstrations"] = [flat[end - len(group) : end] for end, group in zip(ends, told, strict=True)]
+        parts.append(repr(told))
+    if "corpus" in wanted:
+        found["corpus"] = _corpus(config, tokenizer)
+        parts.append(hashlib.sha256(found["corpus"].completion.tobytes()).hexdigest())
+    if "cost" in wanted:
+        cost = found["cost"] = load_cost(config.cost, None if config.compute_dtype == "auto" else config.compute_dtype)
+        for column in required_columns(cost):
+            if column not in rows[0].columns:
+                raise ValueError(f"{config.prompts}: cost {config.cost!r} needs a column {column!r}")
+        parts.append(getattr(cost, "fingerprint", config.cost))
+    print_ = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""
+    return Given(fingerprint=print_, **found)
+
+
+def _demonstrations(config: Any, rows: Sequence[Any]) -> list[list[text.Text]]:
+    """Of every training prompt: from a column of the prompts, or from a file by its prompts."""
+    source = config.demonstrations
+    if source in rows[0].columns:
+        told = [row.columns.get(source) for row in rows]
+        for i, value in enumerate(told):
+            if value is None or not str(value).strip():
+                raise ValueError(f"{config.prompts}: prompt {i + 1} has no {source!r} to learn from")
+        return [[value if isinstance(value, str | list) else str(value)] for value in told]
+    known: dict[str, list] = {}
+    said: list[Any] = read(source, "supervised")
+    for row in said:
+        known.setdefault(json.dumps(row.prompt), []).append(row.completion)
+    for i, row in enumerate(rows):
+        if json.dumps(row.prompt) not in known:
+            raise ValueError(f"{source}: no completion of prompt {i + 1} of {config.prompts}: {row.prompt!r:.80}")
+    return [known[json.dumps(row.prompt)] for row in rows]
+
+
+def _corpus(config: Any, tokenizer: text.Tokenizer) -> Candidates:
+    """A completion for each of its own prompts; text without one follows BOS, or EOS where the tokenizer has no BOS."""
+    rows: list[Any] = read(config.corpus, "supervised")
+    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text.eos_id(tokenizer)]
+    prompts = [text.encode_prompts(tokenizer, [row.prompt])[0] if row.prompt else start for row in rows]
+    said = text.encode_completions(tokenizer, [row.completion for row in rows], prompts=[row.prompt for row in rows])
+    options: dict[str, Any] = {"pad_id": text.pad_id(tokenizer), "completion_length": config.max_tokens}
+    return supervised(prompts, said, truncate=True, **options)
+
+
+def load_cost(spec: str, compute_dtype: str | None = None) -> Callable[..., Any]:
+    """A cost by name: a reward whose values above 0 mean harm, or the learned cost of ``model:<directory>``."""
+    if not spec.startswith(LEARNED):
+        return load_reward(spec)
+    model = load_reward_model(spec.removeprefix(LEARNED), compute_dtype=compute_dtype)
+    if model.spec.kind != "cost":
+        raise ValueError(f"cost {spec!r} must be a reward model of kind 'cost', got kind {model.spec.kind!r}")
+
+    def cost(prompts: list[str], completions: list[str]) -> list[float]:
+        return [-(reward + model.spec.offset) for reward in model(prompts, completions)]
+
+    cost.fingerprint = model.fingerprint  # type: ignore[attr-defined]
+    return cost
+
+
+def feedback(world: Any, record: Method, rows: Int[Array, "B"], drawn: Candidates) -> Feedback:
+    """Everything that the record learns about candidates of the training prompts ``rows``, in NumPy.
+
+    The reward is always there: what does not learn from it is measured by it.
+    """
+    config, prompts, texts = world.config, [world.rows["train"][i] for i in rows], world.texts(drawn)
+    reward = np.float32(world.score(prompts, texts))
+    told: dict[str, Any] = {}
+    if record.constrained:
+        judge = dataclasses.replace(
+            world, reward=world.given.cost, config=dataclasses.replace(config, reward=config.cost)
+        )
+        told["cost"] = np.float32(judge.score(prompts, texts))
+    if config.desirable_above is not None:
+        told["correct"] = reward > config.desirable_above
+    if record.feedback == "vote":
+        told["answer"] = answer_ids(prompts, texts)
+    return Feedback(reward=reward, **told)
+
+
+def answer_ids(rows: Sequence[Any], texts: Sequence[Sequence[str]]) -> Int[np.ndarray, "B N"]:
+    """Which candidates of a prompt give the same answer, -1 where there is none.
+
+    The answer is found by the rule of `tiltjax.rewards.verifiers`. Where the rows have a column "answer", its form
+    alone is used: that it is a number, how many lines it has.
+
+    Args:
+      rows: B prompt rows.
+      texts: N completions of each.
+
+    Returns:
+      Ids, counted per prompt.
+    """
+
+    def group(row: Any, said: Sequence[str]) -> np.ndarray:
+        gold = row.columns.get("answer")
+        gold = None if gold is None else str(gold)
+        found: list[str | None] = [extract_answer(one, gold) for one in said]
+        if gold is not None and as_number(gold) is not None:
+            found = [one if one is not None and as_number(one) is not None else None for one in found]
+        return cluster_answers(found, equivalent=_same)
+
+    return np.stack([group(row, said) for row, said in zip(rows, texts, strict=True)])
+
+
+def _same(one: str, other: str) -> bool:
+    value = as_number(one)
+    return value == as_number(other) if value is not None else one.casefold().split() == other.casefold().split()
+
+
+def _generator(key: PRNGKey) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+
+
+def _undrawn(prompts: Candidates, tokens: np.ndarray, mask: np.ndarray) -> Candidates:
+    zeros = np.zeros(tokens.shape, np.float32)
+    asked = {"prompt": prompts.prompt, "prompt_mask": prompts.prompt_mask}
+    return Candidates(**asked, completion=tokens, completion_mask=mask, old_token_logp=zeros)

@@ -1,0 +1,273 @@
+"""The one loop that runs every `tiltjax.train.method.Method`, in three functions.
+
+`collect` draws, a ``score`` of the user's rewards, `fit` labels the candidates and takes the gradient steps; `play` is
+one round of the three. Everything is pure: a language model learns with rewards from the host between two compiled
+functions, and a small world runs inside one `jax.jit`, scanned over rounds and mapped over ``beta`` and seeds. Offline
+is one round.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from tiltjax.data.candidates import Candidates
+from tiltjax.ops.checks import check_at_least
+from tiltjax.ops.masked import Average, average
+from tiltjax.train.method import Batch, Feedback, Method, Players, Round, Sample, View, ViewFn
+from tiltjax.train.reference import soft_update
+from tiltjax.train.state import TrainState, init_state
+from tiltjax.train.step import train_step
+from tiltjax.types import Array, Numeric, Params, PRNGKey, PyTree
+
+__all__ = ["collect", "fit", "init_players", "measures", "objective", "play", "prepare"]
+
+
+def init_players(method: Method, params: Params, tx: optax.GradientTransformation) -> Players:
+    """The players before the first round, all of them the same policy.
+
+    Args:
+      method: The record.
+      params: What is trained.
+      tx: Optimizer.
+
+    Returns:
+      `Players`; the frozen ones are copies, so the policy's buffers may be donated.
+    """
+    copies = [jax.tree.map(functools.partial(jnp.array, copy=True), params) for _ in range(3)]
+    memory = None if method.memory is None else method.memory.init(params)
+    return Players(
+        state=init_state(params, tx),
+        reference=copies[0],
+        initial=copies[1],
+        previous=copies[2],
+        memory=memory,
+        round=jnp.int32(0),
+    )
+
+
+def collect(method: Method, players: Players, prompts: Candidates, key: PRNGKey, *, sample: Sample) -> Candidates:
+    """Draws a round's candidates, from whom the record says.
+
+    Args:
+      method: The record.
+      players: Policies.
+      prompts: ``prompt`` and ``prompt_mask``; the rest is not read.
+      key: Consumed.
+      sample: `Sample`.
+
+    Returns:
+      `Candidates` with ``old_token_logp``, in the order of `Method.draw`; with `Method.cross`, the prompt's own one
+      first and without ``old_token_logp``.
+    """
+    keys = jax.random.split(key, len(method.draw))
+    parts = [sample(k, players, source, prompts, num) for k, (source, num) in zip(keys, method.draw, strict=True)]
+    names = ("completion", "completion_mask", "old_token_logp")
+    joined = {name: jnp.concatenate([getattr(part, name) for part in parts], axis=1) for name in names}
+    if method.cross > 1:
+        rolled = [jax.tree.map(lambda x: jnp.roll(x, -j, axis=0), joined) for j in range(method.cross)]  # noqa: B023
+        joined = {name: jnp.concatenate([part[name] for part in rolled], axis=1) for name in names[:2]}
+    return Candidates(prompt=prompts.prompt, prompt_mask=prompts.prompt_mask, **joined)
+
+
+def prepare(
+    method: Method,
+    players: Players,
+    candidates: Candidates,
+    feedback: Feedback,
+    key: PRNGKey,
+    *,
+    view: ViewFn,
+    beta: Numeric,
+) -> tuple[PyTree, Batch]:
+    """Views, labels and advantages of a round: all that is constant during its gradient steps.
+
+    Args:
+      method: The record.
+      players: Policies, as they were when the candidates were drawn.
+      candidates: From `collect`.
+      feedback: Of the candidates.
+      key: Of the labels, consumed.
+      view: `ViewFn`.
+      beta: Strength of the KL term, reward units; may be traced.
+
+    Returns:
+      The method's memory after the round, and the `Batch`.
+    """
+    N = candidates.completion.shape[1]
+    counts = [num for _, num in method.draw] if method.cross == 1 else [N]
+    sources = [i for i, num in enumerate(counts) for _ in range(num)]
+    where = jnp.ones(candidates.completion.shape[:2], bool) if candidates.where is None else candidates.where
+    batch = Batch(
+        candidates=dataclasses.replace(candidates, where=where, reward=feedback.reward),
+        source=jnp.broadcast_to(jnp.array(sources)[None], where.shape),
+        old=view(players.state.params, candidates),
+        ref=view(players.reference, candidates),
+    )
+    now = Round(feedback=feedback, beta=beta, key=key, round=players.round, memory=players.memory, view=view)
+    if method.memory is not None:
+        now = dataclasses.replace(now, memory=method.memory.update(now, batch, players.memory))
+    for step in (method.label, method.advantage):
+        batch = batch if step is None else step(now, batch)
+    return now.memory, jax.lax.stop_gradient(batch)
+
+
+def objective(method: Method, *, view: ViewFn, beta: Numeric) -> Callable:
+    """The loss function of a train step on a `Batch`.
+
+    On the rows of a round's first step the policy *is* the old one, so its own log-probabilities stand for the old
+    ones: every ratio is exactly 1 there, whatever two compilations of one model differ by.
+
+    Args:
+      method: The record.
+      view: `ViewFn`.
+      beta: Strength of the KL term; may be traced.
+
+    Returns:
+      A `tiltjax.train.step.LossFn`; logs the ratio's distance from 1, two estimates of the KL to the reference, the
+      entropy (nats per token), and reward and length of the candidates that count.
+    """
+
+    def loss_fn(params: Params, frozen: Params, batch: Batch, key: PRNGKey):
+        now = view(params, batch.candidates)
+        if batch.fresh is not None:
+            same = jax.lax.stop_gradient(now.token_logp)
+            logp = jnp.where(batch.fresh[:, None, None], same, batch.old.token_logp)
+            batch = batch.change(old=dataclasses.replace(batch.old, token_logp=logp))
+        return method.loss(now, batch, beta), measures(now, batch)
+
+    return loss_fn
+
+
+def measures(now: View, batch: Batch) -> dict[str, Average]:
+    """Metrics over real tokens and candidates only."""
+    now, mask = jax.lax.stop_gradient(now), batch.mask
+    real = batch.where & jnp.any(batch.candidates.completion_mask, axis=-1)
+    to_old, to_ref = (
+        jnp.sum(jnp.where(mask, now.token_logp - other.token_logp, 0), axis=-1) for other in (batch.old, batch.ref)
+    )
+    return {
+        "off_policy": average(jnp.abs(jnp.expm1(jnp.minimum(to_old, 20.0))), real),
+        "kl_k1": average(to_ref, real),
+        "kl_k3": average(jnp.expm1(jnp.minimum(-to_ref, 20.0)) + to_ref, real),
+        "entropy": average(now.entropy, mask),
+        "reward": average(batch.reward, real),
+        "length": average(jnp.sum(mask, axis=-1).astype(jnp.float32), real),
+    }
+
+
+def fit(
+    method: Method,
+    players: Players,
+    candidates: Candidates,
+    feedback: Feedback,
+    key: PRNGKey,
+    *,
+    view: ViewFn,
+    tx: optax.GradientTransformation,
+    beta: Numeric,
+    minibatches: int = 1,
+    microbatches: int = 1,
+    probe: Callable[[Params], PyTree] | None = None,
+    probes: int = 1,
+) -> tuple[Players, PyTree]:
+    """A round's gradient steps, and what follows them: the reference, the previous policy, the memory.
+
+    Args:
+      method: The record.
+      players: Policies, as they were when the candidates were drawn.
+      candidates: From `collect`.
+      feedback: Of the candidates.
+      key: Consumed.
+      view: `ViewFn`.
+      tx: Optimizer.
+      beta: Strength of the KL term, reward units; may be traced.
+      minibatches: Into how many parts the prompts are cut, one gradient step each. From the second epoch on, the parts
+        are new ones. Divides the number of prompts.
+      microbatches: Parts of each of those, to save memory: see `tiltjax.train.step.train_step`.
+      probe: Measured on the parameters ``probes`` times during the steps.
+      probes: Divides the number of steps.
+
+    Returns:
+      The players after the round; and the mean of every metric over the steps with those of the memory, or, with
+      ``probe``, what it measured, stacked.
+
+    Raises:
+      ValueError: If a number is below 1.
+      AssertionError: If one does not divide what it has to.
+    """
+    check_at_least("minibatches", minibatches, 1)
+    check_at_least("probes", probes, 1)
+    memory, batch = prepare(method, players, candidates, feedback, jax.random.fold_in(key, 0), view=view, beta=beta)
+    B, steps = batch.source.shape[0], method.epochs * minibatches
+    chex.assert_is_divisible(B, minibatches)
+    chex.assert_is_divisible(steps, probes)
+    later = [jax.random.permutation(jax.random.fold_in(key, 2 + e), B) for e in range(method.epochs - 1)]
+    rows = jnp.stack([jnp.arange(B), *later]).reshape(probes, steps // probes, B // minibatches)
+    loss_fn = objective(method, view=view, beta=beta)
+
+    def step(state: TrainState, inputs: tuple[Array, Array]):
+        part = jax.tree.map(lambda x: x[inputs[0]], batch)
+        part = part.change(fresh=jnp.full(inputs[0].shape, inputs[1] == 0))
+        options: dict[str, Any] = {"loss_fn": loss_fn, "tx": tx, "microbatches": microbatches}
+        return train_step(state, part, jax.random.fold_in(key, 1), **options)
+
+    def stretch(state: TrainState, inputs: tuple[Array, Array]):
+        state, scalars = jax.lax.scan(step, state, inputs)
+        return state, jax.tree.map(jnp.mean, scalars) if probe is None else probe(state.params)
+
+    number = jnp.arange(steps).reshape(probes, -1)
+    state, seen = jax.lax.scan(stretch, players.state, (rows, number))
+    if probe is None:
+        seen = jax.tree.map(jnp.mean, seen)
+        if method.memory is not None and method.memory.measures is not None:
+            seen |= method.memory.measures(memory)
+    return _advance(method, players, state, memory, tx), seen
+
+
+def _advance(method: Method, players: Players, state: TrainState, memory: PyTree, tx) -> Players:
+    reference, update, count = players.reference, method.reference, players.round + 1
+    if update.every is not None:
+        due = count % update.every == 0
+        moved = soft_update(reference, state.params, alpha=update.alpha)
+        reference = jax.tree.map(lambda new, old: jnp.where(due, new, old), moved, reference)
+        if update.reset_optimizer:
+            begun = tx.init(state.params)
+            opt_state = jax.tree.map(lambda new, old: jnp.where(due, new, old), begun, state.opt_state)
+            state = dataclasses.replace(state, opt_state=opt_state)
+    previous = jax.tree.map(jnp.copy, players.state.params)
+    return dataclasses.replace(players, state=state, reference=reference, previous=previous, memory=memory, round=count)
+
+
+def play(
+    method: Method,
+    players: Players,
+    prompts: Candidates,
+    key: PRNGKey,
+    *,
+    sample: Sample,
+    score: Callable[[Candidates], Feedback],
+    **options,
+) -> tuple[Players, PyTree]:
+    """One round: collect, score, fit. Traceable where ``sample`` and ``score`` are; else call the three in turn.
+
+    Args:
+      method: The record.
+      players: Policies.
+      prompts: As for `collect`.
+      key: Consumed.
+      sample: `Sample`.
+      score: ``candidates -> Feedback``.
+      **options: Of `fit`.
+
+    Returns:
+      As `fit`.
+    """
+    draw, learn = jax.random.split(key)
+    candidates = collect(method, players, prompts, draw, sample=sample)
+    return fit(method, players, candidates, score(candidates), learn, **options)
