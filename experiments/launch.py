@@ -81,7 +81,7 @@ def command(module: str, config: Any, *, free: Collection[str] = ()) -> str:
     Args:
       module: Below ``experiments``.
       config: The run's dataclass.
-      free: Fields that do not belong to the command.
+      free: Fields that do not belong to the command; resuming and where compilations lie never do.
 
     Returns:
       One line.
@@ -94,6 +94,6 @@ def command(module: str, config: Any, *, free: Collection[str] = ()) -> str:
     words = [
         shlex.quote(f"--{f.name}={getattr(config, f.name)}")
         for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default and f.name not in free
+        if getattr(config, f.name) != f.default and f.name not in {"resume", "compilation_cache", *free}
     ]
     return " ".join([f"python -m experiments.{module}", *words])

@@ -80,7 +80,7 @@ def write(directory: pathlib.Path, config: Any, results: dict[str, Any], samples
         parts += [f"## {task.capitalize()}", _question(task, config), table, verdict(numbers)]
         parts += _puzzle_parts(numbers) if task == "puzzles" else _sentiment_parts(config, numbers)
         parts += [f"### What they write ({task})", *map(_sample, samples[task])]
-    parts.append(f"## Command\n\n```\n{command('online', config, free=('resume', 'output'))}\n```")
+    parts.append(f"## Command\n\n```\n{command('online', config, free=('output',))}\n```")
     write_text(directory / "report.md", "\n\n".join(parts) + "\n")
     print(f"report: {directory / 'report.md'}")
 

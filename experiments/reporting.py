@@ -180,7 +180,7 @@ def _report(config: Any, results: dict, samples: list[dict], table: str, train: 
                 completion = " ".join(value[0].split())
                 lines.append(f"* {name} ({value[1]:+.2f}): {completion}")
         parts.append("\n".join(lines))
-    parts += ["## Command", f"```\n{command('align', config, free=('resume',))}\n```"]
+    parts += ["## Command", f"```\n{command('align', config)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

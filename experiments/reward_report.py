@@ -325,5 +325,5 @@ def _report(config: Any, verdicts: list[Verdict], table: str, agreement: float |
             "which is unbiased; bands are the intervals.",
         ]
     parts += ["![reward against length](length.png)", "Rewards by length, in bins of equally many completions."]
-    parts.append(f"## Command\n\n```\n{command('reward_model', config, free=('resume', 'output'))}\n```")
+    parts.append(f"## Command\n\n```\n{command('reward_model', config, free=('output',))}\n```")
     return "\n\n".join(parts) + "\n"

@@ -69,6 +69,6 @@ def test_a_directory_takes_one_run(tmp_path):
 
 
 def test_the_command_says_what_is_not_default():
-    config = Config(steps=2, name="two words", output="elsewhere")
+    config = Config(steps=2, name="two words", output="elsewhere", resume=True)
     assert launch.command("x", config, free=("output",)) == "python -m experiments.x --steps=2 '--name=two words'"
     assert launch.command("x", Config()) == "python -m experiments.x"
