@@ -101,10 +101,10 @@ def test_nothing_there_is_none(tmp_path):
 
 def test_saver_writes_while_the_state_is_overwritten(tmp_path, monkeypatch):
     """`save` returns before the checkpoint is whole; donating what it was given does no harm; the context awaits it."""
-    written, finish = threading.Event(), checkpoint._finish
+    may_finish, finish = threading.Semaphore(0), checkpoint._finish
 
     def slow(*arguments):
-        assert written.wait(60)
+        assert may_finish.acquire(timeout=60)
         return finish(*arguments)
 
     monkeypatch.setattr(checkpoint, "_finish", slow)
@@ -115,9 +115,10 @@ def test_saver_writes_while_the_state_is_overwritten(tmp_path, monkeypatch):
         jax.block_until_ready(overwrite(tree))
         assert tree["w"].is_deleted()
         assert checkpoint.latest(tmp_path) is None
-        written.set()
-        saver.save(2, {"w": jnp.ones(50_000)})  # Not before the first is whole.
+        may_finish.release()
+        saver.save(2, {"w": jnp.ones(50_000)})  # Not before the first is whole, which the second will remove.
         np.testing.assert_array_equal(checkpoint.restore(tmp_path, 1, {"w": jnp.ones(50_000)})["w"], np.arange(50_000))
+        may_finish.release()
     assert [p.name for p in tmp_path.iterdir()] == ["2"]
 
 
