@@ -36,9 +36,10 @@ import numpy as np
 from absl import app
 
 from experiments import reporting
-from experiments.align_config import FREE, AlignConfig, open_run
-from experiments.align_online import RECORDS, improve
-from experiments.align_world import World, prepare, tune
+from experiments.align_config import FREE, RECORDS, AlignConfig, open_run
+from experiments.align_fit import tune
+from experiments.align_online import improve
+from experiments.align_world import World, prepare
 from experiments.launch import check_run, program
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates

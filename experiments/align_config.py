@@ -6,22 +6,42 @@ import json
 import pathlib
 
 from experiments.align_given import NEEDS
-from experiments.align_online import RECORDS, record_of
 from tiltjax.ops.checks import check_at_least, check_positive
-from tiltjax.train import distributed
+from tiltjax.train import distributed, methods
 from tiltjax.train.config import field, save_config
 from tiltjax.train.hardware import compilation_cache_field
+from tiltjax.train.method import Method
 
-__all__ = ["FREE", "METHODS", "AlignConfig", "open_run"]
+__all__ = ["FREE", "METHODS", "RECORDS", "AlignConfig", "open_run", "record_of"]
 
 FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
 """Settings that move no number of a run."""
+
+_OFFLINE = ("tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
+
+RECORDS: dict[str, str] = {
+    (f"online_{name}" if name in _OFFLINE else name): name
+    for name, record in methods.METHODS.items()
+    if not (name in _OFFLINE and record.rounds == 1)
+}
+"""Name on the command line -> record. Where an offline method of `experiments.align` has the name, its online record is
+``online_<name>``."""
 
 METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo", *RECORDS)
 """Ways to reach the tilt: the first from fixed candidates of the reference, then the records of `align_online`."""
 
 PACKABLE = ("tilted_mle", "best_of_n_sft", "sft")
 """Methods that fit candidates of which each counts by a weight, whatever the policy says of them."""
+
+
+def record_of(name: str, *, num_candidates: int, steps: int) -> Method:
+    """The record, with the run's number of candidates where it is free, and no more rounds than steps."""
+    record = methods.METHODS[RECORDS[name]]
+    if len(record.draw) == 1 and record.draw[0][1] > 2:
+        record = dataclasses.replace(record, draw=((record.draw[0][0], num_candidates),))
+    if record.rounds is not None and steps % record.rounds:
+        raise ValueError(f"steps must be a multiple of the {record.rounds} rounds of {name}, got {steps}")
+    return record
 
 
 @dataclasses.dataclass(frozen=True)

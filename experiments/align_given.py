@@ -20,7 +20,7 @@ from tiltjax.rewards.gate import required_columns
 from tiltjax.rewards.internal import cluster_answers
 from tiltjax.rewards.registry import load_reward
 from tiltjax.rewards.verifiers import as_number, extract_answer
-from tiltjax.train.learned_reward import load_reward_model
+from tiltjax.train.learned_reward import LearnedReward, load_reward_model
 from tiltjax.train.method import Feedback, Method
 from tiltjax.types import Array, Bool, Int, PRNGKey
 
@@ -172,11 +172,21 @@ def load_cost(spec: str, compute_dtype: str | None = None) -> Callable[..., Any]
     if model.spec.kind != "cost":
         raise ValueError(f"cost {spec!r} must be a reward model of kind 'cost', got kind {model.spec.kind!r}")
 
-    def cost(prompts: list[str], completions: list[str]) -> list[float]:
-        return [-(reward + model.spec.offset) for reward in model(prompts, completions)]
+    return _LearnedCost(model)
 
-    cost.fingerprint = model.fingerprint  # type: ignore[attr-defined]
-    return cost
+
+@dataclasses.dataclass(frozen=True)
+class _LearnedCost:
+    """What a model of kind cost says, in place of the reward that it is made into."""
+
+    model: LearnedReward
+
+    @property
+    def fingerprint(self) -> str:
+        return self.model.fingerprint
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        return [-(reward + self.model.spec.offset) for reward in self.model(prompts, completions)]
 
 
 def feedback(world: Any, record: Method, rows: Int[Array, "B"], drawn: Candidates) -> Feedback:

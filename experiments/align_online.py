@@ -13,44 +13,25 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from experiments.align_config import AlignConfig, record_of
+from experiments.align_fit import adapters, optimizer, whole
 from experiments.align_given import NEEDS, feedback, load_given
+from experiments.align_world import World
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates, concatenate, pad, take
 from tiltjax.data.pipeline import epoch_batches
-from tiltjax.models import lora
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import checkpoint, distributed, rounds
 from tiltjax.train.method import Feedback, Method, Players
-from tiltjax.train.methods import METHODS
 from tiltjax.train.metrics import MetricsWriter
 from tiltjax.train.policy import at_work, model_sample, model_view, with_critics
 from tiltjax.train.sharding import batch_sharding, shard, shardings
 from tiltjax.types import Array, Bool, Int, Params, PRNGKey
 
-__all__ = ["RECORDS", "improve", "record_of"]
-
-_OFFLINE = ("tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
-
-RECORDS: dict[str, str] = {
-    (f"online_{name}" if name in _OFFLINE else name): name
-    for name, record in METHODS.items()
-    if not (name in _OFFLINE and record.rounds == 1)
-}
-"""Name on the command line -> record. Where an offline method of `experiments.align` has the name, its online record is
-``online_<name>``."""
+__all__ = ["improve"]
 
 
-def record_of(name: str, *, num_candidates: int, steps: int) -> Method:
-    """The record, with the run's number of candidates where it is free, and no more rounds than steps."""
-    record = METHODS[RECORDS[name]]
-    if len(record.draw) == 1 and record.draw[0][1] > 2:
-        record = dataclasses.replace(record, draw=((record.draw[0][0], num_candidates),))
-    if record.rounds is not None and steps % record.rounds:
-        raise ValueError(f"steps must be a multiple of the {record.rounds} rounds of {name}, got {steps}")
-    return record
-
-
-def improve(world: Any, *, watch: Callable[[int, Transformer], None] | None = None) -> Transformer:
+def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = None) -> Transformer:
     """Plays all rounds; returns the policy with adapters merged and without critics.
 
     A round is a function of its number and of the players before it, which are the checkpoint: a run that is killed and
@@ -69,8 +50,8 @@ def improve(world: Any, *, watch: Callable[[int, Transformer], None] | None = No
     if any(needs(record) and getattr(world.given, name) is None for name, needs in NEEDS.items()):
         world = dataclasses.replace(world, given=load_given(config, record, world.rows["train"], world.tokenizer))
     count = record.rounds or config.steps
-    tx, (trained, frozen) = _optimizer(config, record), _trained(world, record)
-    players, first = shard(rounds.init_players(record, trained, tx), mesh), 0
+    tx = optimizer(config, epochs=record.epochs)
+    (players, frozen), first = _players(world, record, tx), 0
     folder = world.directory / "checkpoints"
     if config.resume and (first := checkpoint.latest(folder) or 0):
         players = checkpoint.restore(folder, first, players)
@@ -79,8 +60,7 @@ def improve(world: Any, *, watch: Callable[[int, Transformer], None] | None = No
 
     def policy() -> Transformer:
         params = distributed.replicate(players.state.params, mesh)
-        model = params["model"] if isinstance(params, dict) else params
-        return lora.merge(model if frozen is None else lora.combine(model, frozen))
+        return whole(params["model"] if isinstance(params, dict) else params, frozen)
 
     writer = MetricsWriter(world.directory, resume_step=first if first else None) if writes else None
     with (
@@ -105,29 +85,16 @@ def improve(world: Any, *, watch: Callable[[int, Transformer], None] | None = No
     return policy()
 
 
-def _optimizer(config: Any, record: Method) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(1, config.steps // 10), max(2, config.steps * record.epochs),
-        0.1 * config.learning_rate,
-    )  # fmt: skip
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm), optax.adamw(schedule, b2=0.95, weight_decay=0.0)
-    )
-
-
-def _trained(world: Any, record: Method) -> tuple[Params, Params]:
-    """What the players are, and the part of the model that is common to them all."""
-    trained, frozen, rank = world.model, None, world.config.lora_rank
-    if rank:
-        key = jax.random.fold_in(jax.random.key(world.config.seed), 4)
-        trained, frozen = lora.partition(lora.add(key, world.model, rank=rank), lora.is_adapter)
+def _players(world: World, record: Method, tx: optax.GradientTransformation) -> tuple[Players, Params]:
+    """The players before the first round, with the critics they need, and what they have in common."""
+    trained, frozen = adapters(world)
     if record.critics:
         trained = with_critics(trained, features=world.model.config.features, num=record.critics)
-    return trained, frozen
+    return shard(rounds.init_players(record, trained, tx), world.mesh), frozen
 
 
 def _fitting(
-    world: Any,
+    world: World,
     record: Method,
     players: Players,
     frozen: Params,
@@ -161,13 +128,13 @@ def _fitting(
     return fit
 
 
-def _rows(config: Any, record: Method) -> int:
+def _rows(config: AlignConfig, record: Method) -> int:
     """Rows of a mini-batch: its prompts, and as many again where each brings a text of the corpus."""
     return config.batch_size * (2 if "corpus" in record.sources else 1)
 
 
 def _drawing(
-    world: Any, record: Method, *, minibatches: int
+    world: World, record: Method, *, minibatches: int
 ) -> Callable[[Players, PRNGKey, int], tuple[Candidates, Feedback, float]]:
     """``(players at work, key, round) -> candidates, feedback, draws per mini-batch``, all in NumPy, on every host."""
     config, given, B = world.config, world.given, world.config.batch_size
@@ -247,7 +214,7 @@ def _replaced(batch: tuple, good: Bool[Array, "B"], more: tuple, better: Bool[Ar
     return jax.tree.map(put, batch, more)
 
 
-def _prompts(world: Any) -> Candidates:
+def _prompts(world: World) -> Candidates:
     tokens = text.encode_prompts(world.tokenizer, [row.prompt for row in world.rows["train"]])
     prompt, mask = pad(tokens, pad_id=text.pad_id(world.tokenizer))
     empty = np.zeros((len(prompt), 0, world.config.max_tokens), np.int32)

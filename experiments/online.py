@@ -30,8 +30,7 @@ import jax
 from absl import app
 
 from experiments import online_report
-from experiments.align_config import AlignConfig
-from experiments.align_online import RECORDS, record_of
+from experiments.align_config import RECORDS, AlignConfig, record_of
 from experiments.launch import check_run, program
 from experiments.online_measure import task_numbers
 from experiments.online_world import make_bench, play, reference

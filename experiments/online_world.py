@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.align_config import AlignConfig
-from experiments.align_online import RECORDS, improve
+from experiments.align_config import RECORDS, AlignConfig
+from experiments.align_online import improve
 from experiments.align_world import World, prepare
 from tiltjax.data import text
 from tiltjax.models.transformer import Transformer

@@ -26,11 +26,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from absl import app
 
 from experiments import reward_report
 from experiments.align_config import AlignConfig
+from experiments.align_fit import optimizer
 from experiments.align_world import World, prepare
 from experiments.launch import check_run, program
 from experiments.reward_report import Verdict
@@ -201,10 +201,7 @@ def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) 
     model, frozen = new_model(spec, backbone), None
     if config.lora_rank:
         model, frozen = lora.partition(model, lora.is_adapter if spec.kind in LIKELIHOOD else is_trainable)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(1, config.steps // 10), max(2, config.steps), 0.1 * config.learning_rate
-    )
-    tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adamw(schedule, b2=0.95, weight_decay=0.0))
+    tx = optimizer(config)
     state = shard(init_state(model, tx), world.mesh)
     loss_fn = reward_objective(spec, centring=config.centring if spec.kind == "global" else 0.0)
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)

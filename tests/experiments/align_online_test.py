@@ -7,17 +7,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tokenizers import Tokenizer
-from tokenizers import models as tokenizer_models
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
-from experiments import align_given, align_online, align_world
+from experiments import align_config, align_given, align_online, align_world
 from experiments.align_config import AlignConfig
+from tests.tiny import save_policy
 from tiltjax.data.candidates import Candidates
 from tiltjax.data.datasets import PromptRow
-from tiltjax.models import pretrained
-from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.registry import load_reward
 from tiltjax.train.learned_reward import RewardSpec
@@ -37,12 +32,7 @@ SETTINGS = {"reward": "length?target=3", "beta": 0.2, "num_candidates": 4, "num_
 def home(tmp_path_factory):
     """A tiny policy with a tokenizer of whole words, prompts with an answer, demonstrations and a corpus."""
     home = tmp_path_factory.mktemp("records")
-    backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    config = TransformerConfig(vocab_size=len(WORDS), features=16, num_layers=1, num_heads=2, num_kv_heads=2,
-                               head_dim=8, mlp_features=32, rotary_dim=8)  # fmt: skip
-    pretrained.save(Transformer(jax.random.key(0), config), home / "policy", tokenizer=tokenizer)
+    save_policy(home / "policy", WORDS)
     prompts = [f"w{i % 14} w{i // 14} w3" + " w4" * (i % 2) for i in range(18)]
     write(home / "prompts.jsonl", [{"prompt": p, "answer": f"w{i % 14} w1"} for i, p in enumerate(prompts)])
     write(home / "told.jsonl", [{"prompt": p, "completion": f"w5 w{i % 14}"} for i, p in enumerate(prompts)])
@@ -83,9 +73,9 @@ def drawing(home, tmp_path, monkeypatch):
         world = align_world.World(
             config=config, directory=tmp_path, tokenizer=tokenizer, model=None, scorer=None, sampler=None,
             reward=reward or load_reward(config.reward), rows={"train": rows}, mesh=make_mesh(""), fingerprint="",
-            given=align_given.load_given(config, METHODS[align_online.RECORDS[method]], rows, tokenizer),
+            given=align_given.load_given(config, METHODS[align_config.RECORDS[method]], rows, tokenizer),
         )  # fmt: skip
-        record = align_online.record_of(method, num_candidates=4, steps=config.steps)
+        record = align_config.record_of(method, num_candidates=4, steps=config.steps)
         drawn, told, draws = align_online._drawing(world, record, minibatches=1)(NOBODY, jax.random.key(seed), 0)
         return world, drawn, told, draws
 
@@ -236,7 +226,7 @@ class TestWhatIsMissing:
 
 
 def test_every_record_has_a_name_on_the_command_line():
-    taken = {*align_online.RECORDS.values(), "dpo", "best_of_n_sft"}
+    taken = {*align_config.RECORDS.values(), "dpo", "best_of_n_sft"}
     assert taken == set(METHODS)
 
 

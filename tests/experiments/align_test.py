@@ -13,17 +13,12 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from tokenizers import Tokenizer
-from tokenizers import models as tokenizer_models
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
-from experiments import align, align_world
+from experiments import align, align_fit, align_world
 from experiments.align_config import AlignConfig
+from tests.tiny import save_policy
 from tiltjax.data import text
 from tiltjax.models import pretrained
-from tiltjax.models.config import TransformerConfig
-from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.gate import score
 from tiltjax.rewards.registry import load_reward
 from tiltjax.train import evaluate
@@ -51,12 +46,7 @@ def home(tmp_path_factory):
     """A tiny policy with a tokenizer of whole words, and a file of prompts."""
     home = tmp_path_factory.mktemp("align")
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(14))]
-    backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    config = TransformerConfig(vocab_size=len(words), features=16, num_layers=1, num_heads=2, num_kv_heads=2,
-                               head_dim=8, mlp_features=32, rotary_dim=8)  # fmt: skip
-    pretrained.save(Transformer(jax.random.key(0), config), home / "policy", tokenizer=tokenizer)
+    save_policy(home / "policy", words)
     rows = [{"prompt": " ".join(words[2 + i : 5 + i - i % 3])} for i in range(12)]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return home
@@ -273,7 +263,7 @@ def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_p
 
     def data(method, **changes):
         config = dataclasses.replace(world.config, method=method)
-        return align_world.training_data(dataclasses.replace(world, config=config, scorer=scorer, **changes), drawn)[0]
+        return align_fit.training_data(dataclasses.replace(world, config=config, scorer=scorer, **changes), drawn)[0]
 
     for method in ("tilted_mle", "best_of_n_sft", "var_importance"):
         assert data(method).ref_logp is None
@@ -296,8 +286,8 @@ def test_packed_rows_hold_what_counts_in_one_shape(home, tmp_path, compiled_once
     options = settings(home, tmp_path, batch_size=8, sample_batch=8, method="best_of_n_sft", pack=True)
     world = align_world.prepare(AlignConfig(**options), tmp_path)
     drawn, _ = world.rollout("train", world.model, seed=0)
-    data, order, _ = align_world.training_data(world, drawn)
-    take, rows = align_world.packed(world, data, order)
+    data, order, _ = align_fit.training_data(world, drawn)
+    take, rows = align_fit.packed(world, data, order)
     best = np.asarray(drawn.reward).argmax(axis=1)
     tokens = drawn.completion_mask[np.arange(8), best].sum(axis=-1)
     for step in range(STEPS):

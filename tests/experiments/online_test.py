@@ -11,16 +11,10 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from scipy.stats import bootstrap
-from tokenizers import Tokenizer
-from tokenizers import models as tokenizer_models
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 from experiments import online, online_measure, online_report, online_world
 from experiments.online import OnlineConfig
-from tiltjax.models import pretrained
-from tiltjax.models.config import TransformerConfig
-from tiltjax.models.transformer import Transformer
+from tests.tiny import save_policy
 
 SETTINGS = {"methods": "rloo", "puzzle": "chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1",
             "proxy": f"{__name__}:proxy", "gold": f"{__name__}:gold", "beta": 0.1, "steps": 2, "batch_size": 8,
@@ -42,12 +36,7 @@ def gold(prompts, completions):
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("online")
     words = ["<eos>", "<pad>", "+", "-", "=", *map(str, range(20))]
-    backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    config = TransformerConfig(vocab_size=len(words), features=16, num_layers=1, num_heads=2, num_kv_heads=2,
-                               head_dim=8, mlp_features=32, rotary_dim=8)  # fmt: skip
-    pretrained.save(Transformer(jax.random.key(0), config), home / "policy", tokenizer=tokenizer)
+    save_policy(home / "policy", words)
     # As long as the puzzles, so that one program does for both.
     rows = [
         {"prompt": f"State the final answer to the following arithmetic problem: {i} + {i % 3} ="} for i in range(16)

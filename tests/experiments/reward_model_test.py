@@ -8,18 +8,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tokenizers import Tokenizer
-from tokenizers import models as tokenizer_models
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 from experiments import align_world, reward_model, reward_report, reward_world
 from experiments.align_config import AlignConfig
 from experiments.reward_model import RewardConfig
+from tests.tiny import save_policy
 from tiltjax.data import text
 from tiltjax.models import pretrained
-from tiltjax.models.config import TransformerConfig
-from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.gate import score
 from tiltjax.train.learned_reward import load_reward_model, save_reward_model
 from tiltjax.train.reward_model import RewardSpec, new_model
@@ -39,12 +34,7 @@ def low(prompts, completions):
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("reward")
     words = ["<eos>", "<pad>", "A", "B", *(f"w{i}" for i in range(12))]
-    backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    config = TransformerConfig(vocab_size=len(words), features=16, num_layers=1, num_heads=2, num_kv_heads=2,
-                               head_dim=8, mlp_features=32, rotary_dim=8)  # fmt: skip
-    pretrained.save(Transformer(jax.random.key(0), config), home / "policy", tokenizer=tokenizer)
+    save_policy(home / "policy", words)
     rows = [{"prompt": " ".join(words[4 + i % 9 : 7 + i % 9 - i % 3])} for i in range(12)]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return home

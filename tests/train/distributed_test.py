@@ -17,16 +17,12 @@ import optax
 import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer
-from tokenizers import models as tokenizer_models
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 from experiments import align
 from experiments.align_config import AlignConfig
+from tests.tiny import save_policy
 from tests.train.hosts_main import improved
 from tests.train.worlds import CONFIG
-from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import checkpoint, distributed
 from tiltjax.train.distributed import Hosts, fetch, gather_rows, global_batch, host_rows, initialize, share
@@ -46,10 +42,7 @@ def settings(tmp_path_factory):
     """A tiny policy, a file of prompts, and what a run of them needs to be told."""
     home = tmp_path_factory.mktemp("hosts")
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(CONFIG.vocab_size - 2))]
-    backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    pretrained.save(Transformer(jax.random.key(0), CONFIG), home / "policy", tokenizer=tokenizer)
+    save_policy(home / "policy", words, CONFIG)
     rows = [{"prompt": " ".join(words[2 + i : 5 + i - i % 3])} for i in range(12)]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"policy": f"{home}/policy", "prompts": f"{home}/prompts.jsonl"} | SETTINGS

@@ -4,6 +4,7 @@ Beside the lexicon of `tiltjax.rewards.sentiment` it is a proxy and a gold rewar
 a policy gains under one and loses under the other is over-optimisation.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -207,8 +208,17 @@ def imdb_reward(data: str = f"{HOME}/{ARCHIVE}", keep: str = HOME) -> Callable[[
             classifier.save(kept)
     _LOG.info("reviews of %s: %.1f%% of held-out ones are classified right", source, 100 * classifier.accuracy)
 
-    def imdb(prompts: list[str], completions: list[str]) -> list[float]:
-        return classifier(completions).tolist()
+    return _Imdb(classifier, fingerprint)
 
-    imdb.accuracy, imdb.fingerprint = classifier.accuracy, fingerprint  # type: ignore[attr-defined]
-    return imdb
+
+@dataclasses.dataclass(frozen=True)
+class _Imdb:
+    classifier: TextClassifier
+    fingerprint: str
+
+    @property
+    def accuracy(self) -> float:
+        return self.classifier.accuracy
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        return self.classifier(completions).tolist()
