@@ -41,6 +41,7 @@ def attention(
     own_mask: Bool[Array, "T U"] | Bool[Array, "#B #N T U"],
     *,
     prefix: Prefix | None = None,
+    turned: bool = False,
     dtype: Dtype = jnp.float32,
 ) -> Float[Array, "B N H T d"]:
     r"""Softmax attention of N completions over a shared prompt and their own prefix.
@@ -56,6 +57,7 @@ def attention(
       own_mask: Which own positions each query sees, of every candidate alike or of each; every query must see at least
         one.
       prefix: The shared prompt, or None (prefill, where the prompt is its own completion with N = 1).
+      turned: Keys, own and the prompt's, come as ``[*batch, K, d, U]``.
       dtype: Operand type of the matrix products.
 
     Returns:
@@ -64,27 +66,46 @@ def attention(
     B, N, H, T, d = query.shape
     K = own.key.shape[2]
     chex.assert_is_divisible(H, K)
+    G = H // K
     wide, dtype = jnp.promote_types(dtype, jnp.float32), operand_dtype(dtype)
-    q = (query * d**-0.5).astype(dtype).reshape(B, N, K, H // K, T, d)
+    q = (query * d**-0.5).astype(dtype).reshape(B, N, K, G, T, d)
+    keys = "du" if turned else "ud"
 
+    # Products of [*batch, M, d] with [*batch, d, U], and no other form: XLA on the CPU is slow at most of them.
     def dot(spec, a, b):
         return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=wide)
 
+    def alone(a):
+        """As one batch of all candidates."""
+        return a.reshape(B * N, K, *a.shape[3:])
+
+    def rows(a):
+        """The queries of a candidate, as rows of one matrix per key head."""
+        return alone(a).reshape(B * N, K, G * T, a.shape[-1])
+
+    def shared(a):
+        """The queries of all N candidates, as rows of one matrix per prompt and key head."""
+        return jnp.swapaxes(a, 1, 2).reshape(B, K, N * G * T, a.shape[-1])
+
+    def parted(a):
+        return jnp.swapaxes(a.reshape(B, K, N, G, T, a.shape[-1]), 1, 2)
+
     own_mask = own_mask if own_mask.ndim == 2 else own_mask[:, :, None, None]
-    scores = [jnp.where(own_mask, dot("bnkgtd,bnkud->bnkgtu", q, own.key), -jnp.inf)]
+    own_scores = dot(f"xkmd,xk{keys}->xkmu", rows(q), alone(own.key))
+    scores = [jnp.where(own_mask, own_scores.reshape(B, N, K, G, T, own_scores.shape[-1]), -jnp.inf)]
     if prefix is not None:
         seen = prefix.mask[:, None, None, None] if prefix.mask.ndim == 3 else prefix.mask[:, :, None, None]
-        scores.append(jnp.where(seen, dot("bnkgtd,bksd->bnkgts", q, prefix.kv.key), -jnp.inf))
+        scores.append(jnp.where(seen, parted(dot(f"bkmd,bk{keys}->bkmu", shared(q), prefix.kv.key)), -jnp.inf))
     top = jnp.max(scores[0], axis=-1, keepdims=True, initial=-jnp.inf)
     for block in scores[1:]:
         top = jnp.maximum(top, jnp.max(block, axis=-1, keepdims=True, initial=-jnp.inf))
     top = jax.lax.stop_gradient(top)
     weights = [jnp.exp(block - top) for block in scores]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    out = dot("bnkgtu,bnkud->bnkgtd", weights[0], own.value)
+    out = dot("xkmu,xkud->xkmd", rows(weights[0]), alone(own.value)).reshape(q.shape)
     if prefix is not None:
-        out += dot("bnkgts,bksd->bnkgtd", weights[1], prefix.kv.value)
-    return (out / total).reshape(B, N, H, T, d)
+        out += parted(dot("bkmu,bkud->bkmd", shared(weights[1]), prefix.kv.value))
+    return (out / total).reshape(query.shape)
 
 
 def operand_dtype(dtype: Dtype) -> Dtype:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tiltjax.ops.checks import check_at_least, check_fraction
-from tiltjax.samplers.logits import categorical, greedy, processed
+from tiltjax.samplers.logits import categorical_and_logp, greedy, processed
 from tiltjax.types import Array, Bool, Float, Int, Key
 
 __all__ = ["Decoded", "Drawn", "candidate_keys", "decode", "draw"]
@@ -78,16 +78,13 @@ def draw(
     Returns:
       Token, log-probability and log-probability as drawn, each ``[*batch]``; the last is 0 for a greedy token.
     """
-    plain = jax.nn.log_softmax(logits)
     if temperature == 0:
-        token = greedy(plain)
-        return token, _pick(plain, token), jnp.zeros(token.shape, plain.dtype)
+        token = greedy(logits)
+        return token, _logp(logits, token), jnp.zeros(token.shape, logits.dtype)
     shaped = processed(logits, temperature=temperature, k=top_k, p=top_p)
-    token = categorical(jnp.vectorize(jax.random.fold_in)(key, t), shaped)
-    if temperature == 1 and top_k is None and top_p is None:
-        logp = _pick(plain, token)
-        return token, logp, logp
-    return token, _pick(plain, token), _pick(jax.nn.log_softmax(shaped), token)
+    token, sampled = categorical_and_logp(jnp.vectorize(jax.random.fold_in)(key, t), shaped)
+    plain = temperature == 1 and top_k is None and top_p is None
+    return token, sampled if plain else _logp(logits, token), sampled
 
 
 def decode(
@@ -169,5 +166,5 @@ def decode(
     return Decoded(completion=token, completion_mask=mask, token_logp=logp, sampled_token_logp=sampled, steps=t - 1)
 
 
-def _pick(logp: Array, token: Array) -> Array:
-    return jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0]
+def _logp(logits: Array, token: Array) -> Array:
+    return jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)

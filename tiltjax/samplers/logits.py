@@ -4,6 +4,8 @@
 under a filter are not samples of the model whose log-probabilities enter a loss.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ from tiltjax.ops.masked import as_float
 from tiltjax.samplers.resample import inverse_cdf
 from tiltjax.types import Array, Float, Int, Key, Numeric
 
-__all__ = ["categorical", "greedy", "min_p", "processed", "temper", "top_k", "top_p"]
+__all__ = ["categorical", "categorical_and_logp", "greedy", "min_p", "processed", "temper", "top_k", "top_p"]
 
 _BLOCK = 256
 
@@ -89,7 +91,7 @@ def top_p(logits: Float[Array, "*batch V"], *, p: Numeric) -> Float[Array, "*bat
     """
     check_fraction("p", p)
     logits = as_float(logits)
-    mass = _masses(logits).astype(jnp.float32)
+    mass = _masses(logits)[0].astype(jnp.float32)
     # Positive floats are ordered as their bits are; the largest mass is exp(0) = 1.
     bits = jax.lax.bitcast_convert_type(mass, jnp.int32)
     total = jnp.sum(mass, axis=-1, keepdims=True)
@@ -156,7 +158,8 @@ def processed(
 
 def greedy(logits: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:
     """Index of the largest logit; the lowest index wins ties."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    block = jnp.argmax(_by_block(jnp.max, logits), axis=-1, keepdims=True)
+    return _index(block, jnp.argmax(_inside(logits, block, -jnp.inf), axis=-1, keepdims=True))
 
 
 def categorical(key: Key[Array, "*keys"], logits: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:
@@ -179,25 +182,58 @@ def categorical(key: Key[Array, "*keys"], logits: Float[Array, "*batch V"]) -> I
       >>> int(categorical(jax.random.key(0), jnp.array([-jnp.inf, 5.0, -jnp.inf])))
       1
     """
-    mass = _masses(as_float(logits))
-    batch, V = mass.shape[:-1], mass.shape[-1]
+    return categorical_and_logp(key, logits)[0]
+
+
+def categorical_and_logp(
+    key: Key[Array, "*keys"], logits: Float[Array, "*batch V"]
+) -> tuple[Int[Array, "*batch"], Float[Array, "*batch"]]:
+    """`categorical`, and the log-probability of what it drew from the same exponentials.
+
+    Args:
+      key: As in `categorical`.
+      logits: Likewise.
+
+    Returns:
+      Token and ``log softmax(logits)[token]``, nats, each ``[*batch]``.
+    """
+    logits = as_float(logits)
+    mass, top = _masses(logits)
+    batch = mass.shape[:-1]
     if key.ndim:
         uniform = jnp.vectorize(lambda k: jax.random.uniform(k, (2,), mass.dtype), signature="()->(u)")(key)
         for_block, for_token = uniform[..., :1], uniform[..., 1:]
     else:
         for_block, for_token = (jax.random.uniform(k, (*batch, 1), mass.dtype) for k in jax.random.split(key))
-    whole = V - V % _BLOCK
-    # The rest is a block of its own: padding the vocabulary would cost more than the draw.
-    blocks = jnp.sum(mass[..., :whole].reshape(*batch, -1, _BLOCK), axis=-1)
-    blocks = jnp.concatenate([blocks, jnp.sum(mass[..., whole:], axis=-1, keepdims=True)], axis=-1)
-    block = inverse_cdf(blocks, for_block)
-    place = block * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32).reshape((1,) * len(batch) + (-1,))
-    inside = jnp.where(place < V, jnp.take_along_axis(mass, jnp.minimum(place, V - 1), axis=-1), 0)
-    token = inverse_cdf(inside, for_token)
-    return (block * _BLOCK + token)[..., 0]
+    masses = _by_block(jnp.sum, mass)
+    block = inverse_cdf(masses, for_block)
+    token = _index(block, inverse_cdf(_inside(mass, block, 0.0), for_token))
+    drawn = jnp.take_along_axis(logits, token[..., None], axis=-1) - top
+    return token, (drawn - jnp.log(jnp.sum(masses, axis=-1, keepdims=True)))[..., 0]
 
 
-def _masses(logits: Array) -> Array:
-    """``exp(logits - max)``: at most 1, and 0 throughout a row of -inf."""
+def _masses(logits: Array) -> tuple[Array, Array]:
+    """``exp(logits - max)``, at most 1 and 0 throughout a row of -inf, and the ``max [*batch, 1]``."""
     top = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    return jnp.exp(logits - top), top
+
+
+def _by_block(reduce: Callable[..., Array], x: Array) -> Array:
+    """``reduce`` over every block; the rest is one of its own, since padding the vocabulary would cost more."""
+    whole = x.shape[-1] - x.shape[-1] % _BLOCK
+    blocks = reduce(x[..., :whole].reshape(*x.shape[:-1], whole // _BLOCK, _BLOCK), axis=-1)
+    if whole == x.shape[-1]:
+        return blocks
+    return jnp.concatenate([blocks, reduce(x[..., whole:], axis=-1, keepdims=True)], axis=-1)
+
+
+def _inside(x: Array, block: Array, fill: float) -> Array:
+    """The entries ``[*batch, 256]`` of one block per row, ``[*batch, 1]``; ``fill`` behind the last."""
+    V = x.shape[-1]
+    place = block * _BLOCK + jnp.arange(_BLOCK, dtype=block.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return jnp.where(place < V, jnp.take_along_axis(x, jnp.minimum(place, V - 1), axis=-1), fill)
+
+
+def _index(block: Array, place: Array) -> Array:
+    return (block * _BLOCK + place)[..., 0].astype(jnp.int32)
