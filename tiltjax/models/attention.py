@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tiltjax.ops.matmul import scale_rows
 from tiltjax.types import Array, Bool, Dtype, Float
 
 __all__ = ["KeyValue", "Prefix", "attention", "causal_mask", "operand_dtype", "prefix_window"]
@@ -101,11 +102,12 @@ def attention(
         top = jnp.maximum(top, jnp.max(block, axis=-1, keepdims=True, initial=-jnp.inf))
     top = jax.lax.stop_gradient(top)
     weights = [jnp.exp(block - top) for block in scores]
-    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    total = jnp.sum(weights[0], axis=-1)
     out = dot("xkmu,xkud->xkmd", rows(weights[0]), alone(own.value)).reshape(q.shape)
     if prefix is not None:
+        total += jnp.sum(weights[1], axis=-1)
         out += parted(dot("bkmu,bkud->bkmd", shared(weights[1]), prefix.kv.value))
-    return (out / total).reshape(query.shape)
+    return scale_rows(out, 1 / total).reshape(query.shape)
 
 
 def operand_dtype(dtype: Dtype) -> Dtype:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tiltjax.ops.matmul import matmul
+from tiltjax.ops.matmul import matmul, scale_rows
 from tiltjax.types import Array, Dtype, Float, PRNGKey
 
 __all__ = ["ACTIVATIONS", "NARROW", "WIDEN", "Linear", "Norm", "entry", "rotary", "rotate"]
@@ -42,9 +42,9 @@ class Linear(nnx.Module):
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.scale = 1.0
 
-    def __call__(self, x: Float[Array, "*batch I"], dtype: Dtype) -> Float[Array, "*batch O"]:
-        """Operands in ``dtype``, result in float32 or wider."""
-        y = matmul(x, self.kernel[...], dtype)
+    def __call__(self, x: Float[Array, "*batch I"], dtype: Dtype, *, keep: bool = False) -> Float[Array, "*batch O"]:
+        """Operands in ``dtype``, result in float32 or wider; ``keep`` as in `tiltjax.ops.matmul.matmul`."""
+        y = matmul(x, self.kernel[...], dtype, keep=keep)
         if self.lora_a is not None and self.lora_b is not None:
             y = y + matmul(matmul(x, self.lora_a[...], dtype), self.lora_b[...], dtype) * self.scale
         return y if self.bias is None else y + _along_last(self.bias[...], y)
@@ -68,7 +68,7 @@ class Norm(nnx.Module):
         """Normalises the last axis."""
         if self.bias is not None:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        x = scale_rows(x, jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + self.eps))
         x = x * _along_last(self.scale[...], x)
         return x if self.bias is None else x + _along_last(self.bias[...], x)
 

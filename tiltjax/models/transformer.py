@@ -15,7 +15,7 @@ from tiltjax.models.fused import choose, fused_attention
 from tiltjax.models.layers import ACTIVATIONS, NARROW, WIDEN, Linear, Norm, entry, rotary, rotate
 from tiltjax.models.segments import Segments, arrange
 from tiltjax.ops.collectives import spread, whole
-from tiltjax.ops.matmul import dot
+from tiltjax.ops.matmul import KEPT, dot
 from tiltjax.ops.tokens import TokenStats, token_logp
 from tiltjax.types import Array, Bool, Dtype, Float, Int, PRNGKey
 
@@ -91,7 +91,7 @@ class Block(nnx.Module):
         h = self.mlp_norm(x if c.parallel_residual else after)
         act = ACTIVATIONS[c.activation]
         hidden = act(self.up(h, dtype)) if self.gate is None else act(self.gate(h, dtype)) * self.up(h, dtype)
-        return after + self.down(hidden, dtype)
+        return after + self.down(hidden, dtype, keep=True)
 
 
 class Transformer(nnx.Module):
@@ -133,7 +133,7 @@ class Transformer(nnx.Module):
         completion: Int[Array, "B N T"],
         *,
         temperature: float = 1.0,
-        chunk: int = 8192,
+        chunk: int = 3072,
         segments: Segments | None = None,
     ) -> TokenStats:
         """Log-probability, entropy and self-certainty of every completion token.
@@ -215,7 +215,7 @@ class Transformer(nnx.Module):
         first = jnp.broadcast_to(last, (B, N, 1, c.features))
         return self.norm(jnp.concatenate([first, x[:, 0, S:].reshape(B, N, U, c.features)], axis=2))
 
-    def score_sequences(self, token: Int[Array, "B L"], segment: Int[Array, "B L"], *, chunk: int = 8192) -> TokenStats:
+    def score_sequences(self, token: Int[Array, "B L"], segment: Int[Array, "B L"], *, chunk: int = 3072) -> TokenStats:
         """Log-probability, entropy and self-certainty of the tokens of whole sequences that share rows.
 
         Args:
@@ -398,10 +398,14 @@ class Transformer(nnx.Module):
         return cos[:, :, None], sin[:, :, None]
 
 
+_DOTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
+)
+
 _REMAT: dict[str, Any] = {
     "none": lambda layer: layer,
     "full": jax.checkpoint,
-    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": functools.partial(jax.checkpoint, policy=_DOTS),
 }
 
 _MATRICES = frozenset({"kernel", "embedding", "head", "lora_a", "lora_b"})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.ops.masked import as_float
-from tiltjax.ops.matmul import dot, outer
+from tiltjax.ops.matmul import dot, matmul, outer
 from tiltjax.types import Array, Bool, Dtype, Float, Int
 
 __all__ = ["TokenStats", "chunked_kl", "eos_mask", "sequence_logp", "token_logp"]
@@ -44,7 +44,7 @@ def token_logp(
     token: Int[Array, "*batch"],
     *,
     temperature: float = 1.0,
-    chunk: int = 8192,
+    chunk: int = 3072,
     rows: int | None = None,
     dtype: Dtype | None = None,
 ) -> TokenStats:
@@ -88,7 +88,7 @@ def chunked_kl(
     ref_head: Float[Array, "V E"],
     *,
     temperature: float = 1.0,
-    chunk: int = 8192,
+    chunk: int = 3072,
     rows: int | None = None,
     dtype: Dtype | None = None,
 ) -> Float[Array, "*batch"]:
@@ -223,7 +223,7 @@ class _Walk:
         dz = dz / self.temperature
         old = jax.lax.dynamic_slice_in_dim(grad_head, first, rows.shape[0])
         new = old + outer(dz.astype(self.dtype), hidden.astype(self.dtype))
-        return grad_hidden + dot(dz, rows.T, self.dtype), jax.lax.dynamic_update_slice_in_dim(grad_head, new, first, 0)
+        return grad_hidden + matmul(dz, rows, self.dtype), jax.lax.dynamic_update_slice_in_dim(grad_head, new, first, 0)
 
 
 def _walk(positions, head, temperature, chunk, rows, dtype):

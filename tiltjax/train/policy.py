@@ -49,7 +49,7 @@ def _model(params: Params, frozen: Params) -> Transformer:
 
 
 def model_view(
-    *, frozen: Params = None, temperature: float = 1.0, chunk: int = 8192, rows: int | None = None
+    *, frozen: Params = None, temperature: float = 1.0, chunk: int = 3072, rows: int | None = None
 ) -> ViewFn:
     """How a `Transformer` sees candidates.
 
