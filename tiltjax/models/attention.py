@@ -65,7 +65,7 @@ def attention(
       The attended values.
     """
     B, N, H, T, d = query.shape
-    K = own.key.shape[2]
+    K, U = own.value.shape[2:4]
     chex.assert_is_divisible(H, K)
     G = H // K
     wide, dtype = jnp.promote_types(dtype, jnp.float32), operand_dtype(dtype)
@@ -77,36 +77,30 @@ def attention(
         return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=wide)
 
     def alone(a):
-        """As one batch of all candidates."""
         return a.reshape(B * N, K, *a.shape[3:])
 
-    def rows(a):
-        """The queries of a candidate, as rows of one matrix per key head."""
-        return alone(a).reshape(B * N, K, G * T, a.shape[-1])
+    def turn(a):
+        """``[B, N, K, ...]`` as ``[B, K, N, ...]`` and back: what is large stays in the order of its product."""
+        return jnp.swapaxes(a, 1, 2)
 
-    def shared(a):
-        """The queries of all N candidates, as rows of one matrix per prompt and key head."""
-        return jnp.swapaxes(a, 1, 2).reshape(B, K, N * G * T, a.shape[-1])
-
-    def parted(a):
-        return jnp.swapaxes(a.reshape(B, K, N, G, T, a.shape[-1]), 1, 2)
-
-    own_mask = own_mask if own_mask.ndim == 2 else own_mask[:, :, None, None]
-    own_scores = dot(f"xkmd,xk{keys}->xkmu", rows(q), alone(own.key))
-    scores = [jnp.where(own_mask, own_scores.reshape(B, N, K, G, T, own_scores.shape[-1]), -jnp.inf)]
+    scores = dot(f"xkmd,xk{keys}->xkmu", q.reshape(B * N, K, G * T, d), alone(own.key)).reshape(B, N, K, G, T, U)
+    scores = jnp.where(own_mask if own_mask.ndim == 2 else own_mask[:, :, None, None], scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, initial=-jnp.inf)
     if prefix is not None:
-        seen = prefix.mask[:, None, None, None] if prefix.mask.ndim == 3 else prefix.mask[:, :, None, None]
-        scores.append(jnp.where(seen, parted(dot(f"bkmd,bk{keys}->bkmu", shared(q), prefix.kv.key)), -jnp.inf))
-    top = jnp.max(scores[0], axis=-1, keepdims=True, initial=-jnp.inf)
-    for block in scores[1:]:
-        top = jnp.maximum(top, jnp.max(block, axis=-1, keepdims=True, initial=-jnp.inf))
+        S = prefix.mask.shape[-1]
+        seen = prefix.mask[:, None, None, None] if prefix.mask.ndim == 3 else prefix.mask[:, None, :, None]
+        shared = dot(f"bkmd,bk{keys}->bkmu", turn(q).reshape(B, K, N * G * T, d), prefix.kv.key)
+        shared = jnp.where(seen, shared.reshape(B, K, N, G, T, S), -jnp.inf)
+        top = jnp.maximum(top, turn(jnp.max(shared, axis=-1, initial=-jnp.inf)))
     top = jax.lax.stop_gradient(top)
-    weights = [jnp.exp(block - top) for block in scores]
-    total = jnp.sum(weights[0], axis=-1)
-    out = dot("xkmu,xkud->xkmd", rows(weights[0]), alone(own.value)).reshape(q.shape)
+    weights = jnp.exp(scores - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    out = dot("xkmu,xkud->xkmd", weights.reshape(B * N, K, G * T, U), alone(own.value)).reshape(q.shape)
     if prefix is not None:
-        total += jnp.sum(weights[1], axis=-1)
-        out += parted(dot("bkmu,bkud->bkmd", shared(weights[1]), prefix.kv.value))
+        weights = jnp.exp(shared - turn(top)[..., None])
+        total += turn(jnp.sum(weights, axis=-1))
+        weights = weights.reshape(B, K, N * G * T, S)
+        out += turn(dot("bkmu,bkud->bkmd", weights, prefix.kv.value).reshape(B, K, N, G, T, d))
     return scale_rows(out, 1 / total).reshape(query.shape)
 
 
