@@ -14,7 +14,7 @@ from tiltjax.models.tensor_files import read_json
 
 __all__ = ["SHAPES", "Shape", "StepFlops", "num_parameters", "policy_config", "step_flops"]
 
-_CHUNK, _ROWS = 8192, 2048
+_CHUNK, _ROWS = 3072, 2048
 """Vocabulary entries and positions (per device) that `tiltjax.ops.tokens.token_logp` takes at a time."""
 
 

@@ -111,7 +111,8 @@ def operand_dtype(dtype: Dtype) -> Dtype:
       dtype: Operand type of the matrix products.
 
     Returns:
-      ``dtype``; on the CPU float32 or wider, since XLA has no batched bf16 x bf16 -> f32 product there.
+      ``dtype``; on the CPU float32 or wider: XLA has batched bf16 x bf16 -> f32 products there for some layouts only, and
+      at others fails when the program runs.
     """
     return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
 
