@@ -143,11 +143,14 @@ def _datasheet(predicted: Mapping[str, Prediction]) -> str:
     )
 
 
+def _share(row: Mapping[str, Any], counts: str) -> str:
+    return _ratio(row[counts], row["analytic"]) if counts in row else "-"
+
+
 def _validation(checks: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     flops = [
-        (row["name"], row["remat"], _tera(row["analytic"]), _ratio(row["counted"], row["analytic"]),
-         _ratio(row["counted_unrolled"], row["analytic"]), _ratio(row["unrolled"], row["analytic"]),
-         _ratio(row["cost_analysis"], row["analytic"]))
+        (row["name"], row["remat"], _tera(row["analytic"]),
+         *(_share(row, counts) for counts in ("counted", "counted_unrolled", "unrolled", "cost_analysis")))
         for row in checks["flops"]
     ]  # fmt: skip
     memory = [

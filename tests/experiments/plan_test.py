@@ -23,9 +23,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 PUBLISHED = {"EleutherAI/pythia-1.4b": 1_414_647_808, "EleutherAI/pythia-6.9b": 6_857_302_016,
              "HuggingFaceTB/SmolLM2-135M": 134_515_008, "meta-llama/Llama-3.1-8B": 8_030_261_248}  # fmt: skip
 NEOX = dataclasses.replace(policy_config("mini"), num_layers=2, features=1024, mlp_features=4096, num_heads=8,
-                           num_kv_heads=8, head_dim=128, vocab_size=4096)  # fmt: skip
+                           num_kv_heads=8, head_dim=128, vocab_size=3072)  # fmt: skip
 LLAMA = dataclasses.replace(policy_config("HuggingFaceTB/SmolLM2-135M"), num_layers=3, features=64, mlp_features=96,
-                            num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=16, vocab_size=8192 * 2)  # fmt: skip
+                            num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=16, vocab_size=3072 * 2)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -102,7 +102,8 @@ def test_groups_in_every_spelling(text, groups):
 
 
 def test_operations_are_those_xla_counts_on_an_unrolled_model():
-    flops = plan_compile.run(Job(NEOX, Shape(64, 2, 64, 65), "data:8", unroll=True))["flops"]
+    model = dataclasses.replace(NEOX, remat="none")  # Unrolled, XLA would not compute the last layer again.
+    flops = plan_compile.run(Job(model, Shape(64, 2, 64, 65), "data:8", unroll=True))["flops"]
     np.testing.assert_allclose(flops["cost_analysis"], flops["analytic"], rtol=0.02)
     np.testing.assert_allclose(flops["counted"], flops["analytic"], rtol=1e-3)
 

@@ -1,9 +1,10 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiltjax.ops.matmul import dot, matmul, outer, transposed_outer
+from tiltjax.ops.matmul import KEPT, dot, matmul, outer, scale_rows, transposed_outer
 
 RNG = np.random.default_rng(0)
 X, W, G = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(5, 4)), RNG.normal(size=(2, 3, 4))
@@ -42,3 +43,29 @@ def test_a_transposed_copy_gives_the_same_outer_product():
     flat = jax.jit(transposed_outer)(x.reshape(6, 5), y.reshape(6, 4))
     np.testing.assert_allclose(flat, jax.jit(outer)(x, y), rtol=1e-6)
     np.testing.assert_allclose(flat, np.einsum("abi,abo->io", np.float64(x), np.float64(y)), rtol=1e-6)
+
+
+def test_what_is_kept_is_stored_as_bits_and_changes_no_number():
+    x, w = jnp.asarray(X, jnp.float32), jnp.asarray(W, jnp.float32)
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+
+    def loss(x, w, *, keep):
+        return jnp.sum(jnp.square(matmul(jnp.tanh(x), w, jnp.bfloat16, keep=keep)))
+
+    def stored(keep):
+        remembered = jax.vjp(jax.checkpoint(lambda x, w: loss(x, w, keep=keep), policy=policy), x, w)[1]
+        return [leaf.shape for leaf in jax.tree.leaves(remembered) if leaf.dtype == jnp.uint16]
+
+    assert stored(keep=True) == [X.shape]
+    assert stored(keep=False) == []
+    plain = jax.grad(lambda x, w: loss(x, w, keep=False), argnums=(0, 1))(x, w)
+    kept = jax.grad(jax.checkpoint(lambda x, w: loss(x, w, keep=True), policy=policy), argnums=(0, 1))(x, w)
+    chex.assert_trees_all_equal(kept, plain)
+
+
+def test_scaled_rows_and_their_gradients():
+    x, factor, grad = jnp.asarray(X), jnp.asarray(G[..., 0]), jnp.asarray(RNG.normal(size=X.shape))
+    y, pull = jax.vjp(scale_rows, x, factor)
+    expected, plain = jax.vjp(lambda x, f: x * f[..., None], x, factor)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    chex.assert_trees_all_close(pull(grad), plain(grad), rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ import pytest
 from absl.testing import parameterized
 from scipy.special import softmax
 
-from tiltjax.samplers.logits import categorical, greedy, min_p, processed, temper, top_k, top_p
+from tiltjax.samplers.logits import categorical, categorical_and_logp, greedy, min_p, processed, temper, top_k, top_p
 
 LOGITS = (np.random.default_rng(0).normal(size=(4, 501)) * 2).astype(np.float32)
 INF = np.inf
@@ -98,6 +98,24 @@ def test_filters_return_float32_and_accept_far_logits():
 def test_greedy_takes_the_first_of_equals():
     assert greedy(jnp.asarray([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0]])).tolist() == [1, 0]
     np.testing.assert_array_equal(jnp.argmax(top_k(LOGITS, k=1), -1), greedy(LOGITS))
+
+
+@pytest.mark.parametrize("V", [1, 255, 256, 257, 1000])
+def test_greedy_over_blocks_is_argmax(V):
+    logits = np.random.default_rng(V).integers(0, 9, (50, V)).astype(np.float32)  # With many ties.
+    logits[0], logits[1, : V // 2] = -INF, -INF
+    np.testing.assert_array_equal(greedy(jnp.asarray(logits)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("V", [1, 7, 257, 1000])
+def test_the_log_probability_is_that_of_what_was_drawn(V):
+    logits = 3 * jax.random.normal(jax.random.key(V), (40, V))
+    logits = jnp.where(jnp.arange(V) % 3 == 1, -jnp.inf, logits)
+    keys = jax.random.split(jax.random.key(0), 40)
+    token, logp = jax.jit(categorical_and_logp)(keys, logits)
+    np.testing.assert_array_equal(token, jax.jit(categorical)(keys, logits))
+    expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(token)[:, None], 1)[:, 0]
+    np.testing.assert_allclose(logp, expected, rtol=1e-5, atol=1e-6)
 
 
 draw_each = jax.jit(jax.vmap(categorical, in_axes=(0, None)))

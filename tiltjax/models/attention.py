@@ -111,8 +111,8 @@ def operand_dtype(dtype: Dtype) -> Dtype:
       dtype: Operand type of the matrix products.
 
     Returns:
-      ``dtype``; on the CPU float32 or wider: XLA has batched bf16 x bf16 -> f32 products there for some layouts only, and
-      at others fails when the program runs.
+      ``dtype``; on the CPU float32 or wider: XLA has batched bf16 x bf16 -> f32 products there for some layouts only,
+      and fails at run time at others.
     """
     return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
 
