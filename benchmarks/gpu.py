@@ -31,7 +31,7 @@ from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.tokens import dot, token_logp
 from tiltjax.samplers.best_of_n import soft_best_of_n
-from tiltjax.train.hardware import compilation_cache
+from tiltjax.train.hardware import compilation_cache, return_memory_after_compiling
 from tiltjax.train.objectives import sft_objective
 from tiltjax.train.rollout import make_sampler
 from tiltjax.train.state import init_state
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     given = parser.parse_args(argv)
     size, device = SIZES[given.shape], jax.devices()[0]
     compilation_cache()
+    return_memory_after_compiling()
 
     def seconds(call: Callable[[], Any]) -> float:
         watch = harness.measure(call, repeats=given.repeats, budget=given.budget, compiles=True)

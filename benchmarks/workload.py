@@ -21,9 +21,9 @@ from tiltjax.models.transformer import Transformer
 from tiltjax.ops.masked import Average
 from tiltjax.ops.tokens import sequence_logp
 from tiltjax.samplers.best_of_n import soft_best_of_n
-from tiltjax.train.hardware import compilation_cache, fast_dtype
+from tiltjax.train.hardware import compilation_cache, fast_dtype, return_memory_after_compiling
 from tiltjax.train.objectives import likelihood_objective, method_kernel, sft_objective
-from tiltjax.train.rollout import make_sampler, make_scorer
+from tiltjax.train.rollout import make_sampler, make_scorer, narrow
 from tiltjax.train.state import TrainState, init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Params, PRNGKey
@@ -120,7 +120,7 @@ def _training(case: Case, model: Transformer, batch: Candidates) -> Callable[[],
         loss_fn = likelihood_objective(method_kernel("dpo", beta=0.1))
         batch = dataclasses.replace(batch, ref_logp=make_scorer()(model, batch))
         if case.reference == "in_step":
-            frozen = jax.tree.map(jnp.copy, model)
+            frozen = narrow(jax.tree.map(jnp.copy, model))
 
     def step(state: TrainState, batch: Candidates, key: PRNGKey, reference: Params):
         if reference is not None:
@@ -182,6 +182,7 @@ def run(case: Case, given: harness.Options) -> dict[str, Any]:
     """Times a case and returns its row."""
     imported = harness.age()
     compilation_cache()
+    return_memory_after_compiling()
     compiling = Compiling()
     call = prepare(case, given.shape, given.dtype)
     before = harness.peak_memory()

@@ -36,7 +36,7 @@ from experiments.online_measure import task_numbers
 from experiments.online_world import make_bench, play, reference
 from tiltjax.ops.checks import check_at_least, check_choice
 from tiltjax.train.config import define_flags, field, from_flags, save_config
-from tiltjax.train.hardware import compilation_cache, compilation_cache_field
+from tiltjax.train.hardware import compilation_cache, compilation_cache_field, return_memory_after_compiling
 
 __all__ = ["TASKS", "OnlineConfig", "run"]
 
@@ -148,6 +148,7 @@ def main() -> None:
     """Reads the flags and runs."""
     config = from_flags(OnlineConfig)
     compilation_cache(config.compilation_cache)
+    return_memory_after_compiling()
     run(config)
 
 

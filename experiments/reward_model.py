@@ -40,7 +40,7 @@ from tiltjax.models import lora
 from tiltjax.models.heads import RewardModel, is_trainable
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
 from tiltjax.train.config import define_flags, field, from_flags, save_config
-from tiltjax.train.hardware import compilation_cache, compilation_cache_field
+from tiltjax.train.hardware import compilation_cache, compilation_cache_field, return_memory_after_compiling
 from tiltjax.train.learned_reward import reward_all, save_reward_model
 from tiltjax.train.loop import fit
 from tiltjax.train.reward_model import (
@@ -271,6 +271,7 @@ def main() -> None:
     """Reads the flags and runs."""
     config = from_flags(RewardConfig)
     compilation_cache(config.compilation_cache)
+    return_memory_after_compiling()
     run(config)
 
 

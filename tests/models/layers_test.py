@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiltjax.models.layers import entry
+from tiltjax.models.layers import entry, scan_layers
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -29,15 +29,45 @@ def test_an_entry_is_that_of_the_array_bit_by_bit(dtype):
     chex.assert_trees_all_equal(grad, jax.grad(lambda x: entries(lambda x, i: x[i], x))(jnp.asarray(x)))
 
 
-def test_sixteen_bits_are_not_widened_to_take_some_of_them():
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_are_scanned_with_their_gradients(remat):
+    """Of a stack that mixes widths."""
+    rng = np.random.default_rng(1)
+    stack = {"w": rng.normal(size=(4, 3, 3)).astype("bfloat16"), "b": rng.normal(size=(4, 3)).astype("float32")}
+    stack, x = jax.tree.map(jnp.asarray, stack), jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+
+    def layer(x, one):
+        x = jnp.tanh(x @ one["w"].astype(jnp.float32) + one["b"][None])
+        return x, jnp.sum(x)
+
+    def scanned(x, stack):
+        x, sums = scan_layers(jax.checkpoint(layer) if remat else layer, x, stack)
+        return jnp.sum(x * jnp.sum(sums)), sums
+
+    def unrolled(x, stack):
+        sums = []
+        for i in range(4):
+            x, total = layer(x, jax.tree.map(lambda a: a[i], stack))  # noqa: B023
+            sums.append(total)
+        return jnp.sum(x * sum(sums)), jnp.stack(sums)
+
+    found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(x, stack) for f in (scanned, unrolled))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["index", "scan"])
+def test_sixteen_bits_are_not_widened_to_take_some_of_them(by):
     """Of a stack of 16-bit matrices the loop over layers makes no float32 copy."""
     stack = jnp.zeros((30, 64, 64), jnp.bfloat16)
 
     def product(x, stack):
-        def layer(x, i):
-            return jnp.dot(x, entry(stack, i), preferred_element_type=jnp.float32).astype(x.dtype), None
+        def layer(x, w):
+            return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(x.dtype), None
 
-        return jax.lax.scan(layer, x, jnp.arange(30))[0]
+        if by == "scan":
+            return scan_layers(layer, x, stack)[0]
+        return jax.lax.scan(lambda x, i: layer(x, entry(stack, i)), x, jnp.arange(30))[0]
 
     compiled = jax.jit(product).lower(jnp.zeros((4, 64), jnp.bfloat16), stack).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < stack.nbytes / 2

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiltjax.ops.matmul import KEPT, dot, matmul, outer, scale_rows, transposed_outer
+from tiltjax.ops.bits import KEPT
+from tiltjax.ops.matmul import dot, matmul, outer, scale_rows, transposed_outer
 
 RNG = np.random.default_rng(0)
 X, W, G = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(5, 4)), RNG.normal(size=(2, 3, 4))
@@ -43,6 +44,14 @@ def test_a_transposed_copy_gives_the_same_outer_product():
     flat = jax.jit(transposed_outer)(x.reshape(6, 5), y.reshape(6, 4))
     np.testing.assert_allclose(flat, jax.jit(outer)(x, y), rtol=1e-6)
     np.testing.assert_allclose(flat, np.einsum("abi,abo->io", np.float64(x), np.float64(y)), rtol=1e-6)
+
+
+def test_one_row_is_multiplied_without_a_wide_copy_of_the_matrix():
+    x, w = jnp.asarray(RNG.normal(size=(1, 1, 64)), jnp.bfloat16), jnp.asarray(RNG.normal(size=(64, 300)), jnp.bfloat16)
+    compiled = jax.jit(lambda x, w: matmul(x, w, jnp.bfloat16)).lower(x, w).compile()
+    assert "f32[64,300]" not in compiled.as_text()
+    np.testing.assert_allclose(compiled(x, w), np.float64(x) @ np.float64(w), rtol=1e-5, atol=1e-5)
+    assert dot(x[0], w.T, jnp.bfloat16).shape == (1, 300)
 
 
 def test_what_is_kept_is_stored_as_bits_and_changes_no_number():

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import pytest
 
@@ -29,3 +31,19 @@ def test_a_place_that_cannot_be_made_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     assert hardware.compilation_cache(str(tmp_path / "file" / "cache")) is None
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_what_a_long_compilation_has_freed_is_given_back(monkeypatch):
+    trimmed, event = [], "/jax/core/compile/backend_compile_duration"
+    library = types.SimpleNamespace(malloc_trim=trimmed.append)
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: library)
+    assert hardware.return_memory_after_compiling.__wrapped__()
+    for seconds in (0.01, 1.0):
+        jax.monitoring.record_event_duration_secs(event, seconds)
+    jax.monitoring.record_event_duration_secs("/something/else", 1.0)
+    assert trimmed == [0]
+
+
+def test_a_c_library_that_cannot_is_no_error(monkeypatch):
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: types.SimpleNamespace())
+    assert not hardware.return_memory_after_compiling.__wrapped__()

@@ -90,7 +90,7 @@ def test_gradient_accumulation_is_the_big_batch(method, microbatches):
         for m in (1, microbatches)
     )
     scale = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (whole.params, params)), strict=True))
-    chex.assert_trees_all_close(parts.params, whole.params, atol=1e-6 * max(1.0, scale), rtol=0)
+    chex.assert_trees_all_close(parts.params, whole.params, atol=3e-6 * max(1.0, scale), rtol=0)
     chex.assert_trees_all_close(many, one, atol=1e-6, rtol=1e-5)
 
 

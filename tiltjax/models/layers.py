@@ -1,13 +1,16 @@
 """Parts of a transformer: linear maps with optional low-rank adapters, norms, rotary positions."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tiltjax.ops.bits import as_bits, from_bits
 from tiltjax.ops.matmul import matmul, scale_rows
-from tiltjax.types import Array, Dtype, Float, PRNGKey
+from tiltjax.types import Array, Dtype, Float, PRNGKey, PyTree
 
-__all__ = ["ACTIVATIONS", "NARROW", "WIDEN", "Linear", "Norm", "entry", "rotary", "rotate"]
+__all__ = ["ACTIVATIONS", "NARROW", "WIDEN", "Linear", "Norm", "entry", "rotary", "rotate", "scan_layers"]
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -87,16 +90,41 @@ def entry(x: Array, index: Array) -> Array:
     Returns:
       ``[*index.shape, *x.shape[1:]]``.
     """
-    if jax.default_backend() != "cpu" or x.dtype.itemsize != 2:
+    if as_bits(x).dtype == x.dtype:
         return x[index]
     # Tied to the index, lest a loop take the change of type out of itself, for all of x.
     x, index = jax.lax.optimization_barrier((x, index))
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint16)[index], x.dtype)
+    return from_bits(as_bits(x)[index], x.dtype)
 
 
 @entry.defjvp
 def _entry_jvp(primals, tangents):
     return entry(*primals), tangents[0][primals[1]]
+
+
+def scan_layers(
+    layer: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], x: PyTree, stack: PyTree
+) -> tuple[PyTree, PyTree]:
+    """`jax.lax.scan` over layers that are stacked along the first axis of their arrays, 16 bits taken by `entry`.
+
+    Args:
+      layer: ``(x, one layer) -> (x, what is collected)``.
+      x: Before the first layer.
+      stack: All layers.
+
+    Returns:
+      ``x`` after the last one, and what was collected, stacked.
+    """
+    arrays, form = jax.tree.flatten(stack)
+    whole = [as_bits(a).dtype != a.dtype for a in arrays]
+
+    def step(x, inputs):
+        i, sliced = inputs
+        one = [entry(a, i) if skip else part for a, part, skip in zip(arrays, sliced, whole, strict=True)]
+        return layer(x, jax.tree.unflatten(form, one))
+
+    sliced = [None if skip else a for a, skip in zip(arrays, whole, strict=True)]
+    return jax.lax.scan(step, x, (jnp.arange(len(arrays[0])), sliced))
 
 
 def rotary(

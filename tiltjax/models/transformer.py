@@ -12,10 +12,11 @@ from flax import nnx
 from tiltjax.models.attention import KeyValue, Prefix, attention, causal_mask, operand_dtype, prefix_window
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.fused import choose, fused_attention
-from tiltjax.models.layers import ACTIVATIONS, NARROW, WIDEN, Linear, Norm, entry, rotary, rotate
+from tiltjax.models.layers import ACTIVATIONS, NARROW, WIDEN, Linear, Norm, entry, rotary, rotate, scan_layers
 from tiltjax.models.segments import Segments, arrange
+from tiltjax.ops.bits import KEPT, as_bits, from_bits, gradient_at_rounded
 from tiltjax.ops.collectives import spread, whole
-from tiltjax.ops.matmul import KEPT, dot
+from tiltjax.ops.matmul import dot
 from tiltjax.ops.tokens import TokenStats, token_logp
 from tiltjax.types import Array, Bool, Dtype, Float, Int, PRNGKey
 
@@ -31,8 +32,9 @@ class Cache:
     Attributes:
       prefix: One per layer: keys ``[B, K, d, S]``, values ``[B, K, S, d]``.
       prompt_mask: ``[B, S]``.
-      own: One per layer, ``[B N, K, d, T]`` and ``[B N, K, T, d]``: a ring of the last T tokens, updated in place under
-        `jax.jit` (B and N in one axis, lest XLA drop one of length 1 and copy the cache for it).
+      own: One per layer, ``[B N, K, d, T]`` and ``[B N, K, T, d]``, as `tiltjax.ops.bits.as_bits` stores it: a ring of
+        the last T tokens, updated in place under `jax.jit` (B and N in one axis, lest XLA drop one of length 1 and copy
+        the cache for it).
       angles: Cosines and sines of every position that a completion can reach, ``[S + T, R]`` each; None without rotary
         positions. A step would compute them in every layer again.
       step: How many tokens every candidate has appended, scalar; the next one goes to place ``step % T``.
@@ -90,7 +92,10 @@ class Block(nnx.Module):
         after = x + self.out(merged, dtype)
         h = self.mlp_norm(x if c.parallel_residual else after)
         act = ACTIVATIONS[c.activation]
-        hidden = act(self.up(h, dtype)) if self.gate is None else act(self.gate(h, dtype)) * self.up(h, dtype)
+        if self.gate is None:
+            hidden = gradient_at_rounded(act, dtype, self.up(h, dtype))
+        else:
+            hidden = gradient_at_rounded(lambda g, u: act(g) * u, dtype, self.gate(h, dtype), self.up(h, dtype))
         return after + self.down(hidden, dtype, keep=True)
 
 
@@ -210,7 +215,7 @@ class Transformer(nnx.Module):
             attended += [jnp.swapaxes(y, 1, 2).reshape(B, 1, c.num_heads, N * U, c.head_dim)]
             return block.finish(x, jnp.concatenate(attended, axis=3)), None
 
-        x, _ = jax.lax.scan(_REMAT[c.remat](layer), x, self.blocks)
+        x, _ = scan_layers(_REMAT[c.remat](layer), x, self.blocks)
         last = jax.vmap(lambda x, i: x[i])(x[:, 0, :S], place.last)[:, :, None]
         first = jnp.broadcast_to(last, (B, N, 1, c.features))
         return self.norm(jnp.concatenate([first, x[:, 0, S:].reshape(B, N, U, c.features)], axis=2))
@@ -237,7 +242,7 @@ class Transformer(nnx.Module):
             x, _ = self._prompt_layer(_gathered(block), spread(x), angles, place.prompt_sees)
             return x, None
 
-        x, _ = jax.lax.scan(_REMAT[c.remat](layer), x, self.blocks)
+        x, _ = scan_layers(_REMAT[c.remat](layer), x, self.blocks)
         hidden = self.norm(x[:, 0, :-1])
         return token_logp(hidden, self.projection(), token[:, 1:], chunk=chunk, dtype=c.compute_dtype)
 
@@ -257,16 +262,13 @@ class Transformer(nnx.Module):
         """
         c = self.config
         x, angles = self._embed_prompt(prompt)
-        x, kv = jax.lax.scan(
-            lambda x, i: self._prompt_layer(_layer_of(self.blocks, i), x, angles), x, jnp.arange(c.num_layers)
-        )
+        x, kv = scan_layers(lambda x, block: self._prompt_layer(block, x, angles), x, self.blocks)
         # Kept as attention reads it, so that no step converts it again.
-        kept = operand_dtype(c.compute_dtype)
-        kv = _turned(jax.tree.map(lambda a: a.astype(kept), kv))
+        kv = _turned(jax.tree.map(lambda a: a.astype(operand_dtype(c.compute_dtype)), kv))
         prefix = tuple(jax.tree.map(lambda a: a[i, :, 0], kv) for i in range(c.num_layers))  # noqa: B023
         shape = (prompt.shape[0] * num_candidates, c.num_kv_heads, max_tokens, c.head_dim)
-        empty = _turned(KeyValue(key=jnp.zeros(shape, kept), value=jnp.zeros(shape, kept)))
-        own = (empty,) * c.num_layers
+        empty = as_bits(jnp.zeros(shape, c.compute_dtype))
+        own = (_turned(KeyValue(key=empty, value=empty)),) * c.num_layers
         last = self.norm(_at(x[:, 0], jnp.sum(prompt_mask, axis=-1) - 1))
         reach = jnp.arange(prompt.shape[1] + max_tokens)[None, None]
         reach = jax.tree.map(lambda a: a[0, 0, 0], self._angles(reach))
@@ -330,10 +332,8 @@ class Transformer(nnx.Module):
         for block, prefix, own in zip(self.unstacked().blocks, cache.prefix, cache.own, strict=True):
             query, new = block.project(y, angles)
             own = _put(own, new, place)
-            kv, shared = (
-                jax.tree.map(lambda a: a.reshape(*token.shape, *a.shape[1:]), own),
-                Prefix(kv=prefix, mask=seen),
-            )
+            kv = jax.tree.map(lambda a: from_bits(a, c.compute_dtype).reshape(*token.shape, *a.shape[1:]), own)
+            shared = Prefix(kv=prefix, mask=seen)
             attended = attention(query, kv, own_mask, prefix=shared, turned=True, dtype=c.compute_dtype)
             y = block.finish(y, attended)
             filled.append(own)
@@ -429,7 +429,7 @@ def _layer_of(blocks: Block, i: Int[Array, ""]) -> Block:
 
 def _put(cache: KeyValue, new: KeyValue, place: Int[Array, ""]) -> KeyValue:
     """The cache of a layer with one more key and value, ``new [B, N, K, 1, d]``, of every candidate."""
-    new = _turned(jax.tree.map(lambda a, b: b.astype(a.dtype).reshape(-1, *b.shape[2:]), cache, new))
+    new = _turned(jax.tree.map(lambda a: as_bits(a).reshape(-1, *a.shape[2:]), new))
     put = jax.lax.dynamic_update_slice_in_dim
     return KeyValue(key=put(cache.key, new.key, place, axis=-1), value=put(cache.value, new.value, place, axis=-2))
 

@@ -4,14 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from tiltjax.ops.bits import as_bits, from_bits
+from tiltjax.ops.bits import keep as kept
 from tiltjax.types import Array, Dtype, Float
 
-__all__ = ["KEPT", "dot", "matmul", "outer", "scale_rows"]
-
-KEPT = "operand"
-"""The name under which a rematerialisation policy finds what `matmul` was told to keep."""
+__all__ = ["dot", "matmul", "outer", "scale_rows"]
 
 _PADDING = 16
 
@@ -27,7 +25,7 @@ def dot(x: Float[Array, "M D"], w: Float[Array, "C D"], dtype: Dtype) -> Float[A
     Returns:
       Every row of ``x`` with every row of ``w``.
     """
-    return _product(x.astype(dtype), w.astype(dtype), 1, 1)
+    return _product(x.astype(dtype), w.astype(dtype), 1)
 
 
 def matmul(
@@ -44,13 +42,13 @@ def matmul(
       x: Any leading axes.
       w: One matrix.
       dtype: Of the operands.
-      keep: Names the rounded ``x``, so that a policy for `KEPT` stores it for the gradient of ``w``.
+      keep: Names the rounded ``x`` by `tiltjax.ops.bits.keep`, to be stored for the gradient of ``w``.
 
     Returns:
       The products; their gradients come in the types of ``x`` and ``w``.
     """
     if jnp.dtype(dtype) == jnp.promote_types(dtype, jnp.float32):
-        return _product(x.astype(dtype), w.astype(dtype), x.ndim - 1, 0)
+        return _product(x.astype(dtype), w.astype(dtype), 0)
     return _narrow(jnp.dtype(dtype), keep, x, w)
 
 
@@ -72,9 +70,18 @@ def scale_rows(x: Float[Array, "*batch D"], factor: Float[Array, "*batch"]) -> F
     return jnp.einsum("...d,...->...d", x, factor, precision=jax.lax.Precision.HIGHEST)
 
 
-def _product(x, w, over_x, over_w):
+def _product(x, w, over_w):
+    """Of the last axis of ``x`` with axis ``over_w`` of the matrix ``w``."""
+    if x.size == x.shape[-1] and _narrow_on_cpu(x.dtype):
+        # For one row XLA would make a float32 copy of all of w; of two it takes the fast path.
+        two = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+        return _product(two, w, over_w)[:1].reshape(*x.shape[:-1], -1)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(x, w, (((over_x,), (over_w,)), ((), ())), preferred_element_type=wide)
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (over_w,)), ((), ())), preferred_element_type=wide)
+
+
+def _narrow_on_cpu(dtype):
+    return dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -83,17 +90,15 @@ def _narrow(dtype, keep, x, w):
 
 
 def _narrow_fwd(dtype, keep, x, w):
-    rounded = x.astype(dtype)
-    if keep:
-        rounded = _floats(checkpoint_name(_bits(rounded), KEPT), dtype)
+    rounded = kept(x.astype(dtype)) if keep else x.astype(dtype)
     # An empty array remembers the type of x; w itself is kept, as nothing new has to be stored for it.
-    return _product(rounded, w.astype(dtype), x.ndim - 1, 0), (rounded, w, jnp.zeros(0, x.dtype))
+    return _product(rounded, w.astype(dtype), 0), (rounded, w, jnp.zeros(0, x.dtype))
 
 
 def _narrow_bwd(dtype, keep, saved, grad):
     x, w, like = saved
     grad = grad.astype(dtype)
-    grad_x = _product(grad, w.astype(dtype), grad.ndim - 1, 1)
+    grad_x = _product(grad, w.astype(dtype), 1)
     return grad_x.astype(like.dtype), outer(x, grad).astype(w.dtype)
 
 
@@ -106,7 +111,7 @@ def outer(x: Float[Array, "*batch I"], y: Float[Array, "*batch O"]) -> Float[Arr
     XLA on the CPU multiplies narrow operands fast only where the sum runs along the rows of the first; it would fold a
     plain transposition into the product, and does not fold a padded one.
     """
-    if jax.default_backend() == "cpu" and jax.device_count() == 1 and x.dtype == jnp.bfloat16:
+    if _narrow_on_cpu(x.dtype) and jax.device_count() == 1:
         return transposed_outer(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
     axes = tuple(range(x.ndim - 1))
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -115,14 +120,5 @@ def outer(x: Float[Array, "*batch I"], y: Float[Array, "*batch O"]) -> Float[Arr
 
 def transposed_outer(x: Float[Array, "M I"], y: Float[Array, "M O"]) -> Float[Array, "I O"]:
     """`outer` of bfloat16 through a transposed copy of ``x``, padded with zeros along the sum."""
-    padded = _floats(jnp.pad(_bits(x).T, ((0, 0), (0, _PADDING))), x.dtype)
-    return _product(padded, jnp.pad(y, ((0, _PADDING), (0, 0))), 1, 0)
-
-
-def _bits(x):
-    """As integers where 16 bits wide: XLA on the CPU stores and moves such floats by way of float32."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def _floats(x, dtype):
-    return jax.lax.bitcast_convert_type(x, dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x
+    padded = from_bits(jnp.pad(as_bits(x).T, ((0, 0), (0, _PADDING))), x.dtype)
+    return _product(padded, jnp.pad(y, ((0, _PADDING), (0, 0))), 0)

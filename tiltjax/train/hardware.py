@@ -1,17 +1,23 @@
 """What this machine computes fast."""
 
+import ctypes
+import functools
 import os
 import pathlib
+import sys
 from typing import Any, cast
 
 import jax
 
 from tiltjax.train.config import field
 
-__all__ = ["CACHE", "compilation_cache", "compilation_cache_field", "fast_dtype"]
+__all__ = ["CACHE", "compilation_cache", "compilation_cache_field", "fast_dtype", "return_memory_after_compiling"]
 
 CACHE = "~/.cache/tiltjax"
 """Where compiled programs are kept from run to run."""
+
+_STAGES = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+_LONG = 0.2
 
 
 def compilation_cache_field() -> Any:
@@ -40,6 +46,28 @@ def compilation_cache(directory: str = CACHE) -> str | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     return str(path)
+
+
+@functools.cache
+def return_memory_after_compiling() -> bool:
+    """Gives what was freed back to the operating system before and after every longer compilation, from now on.
+
+    glibc keeps what XLA has freed for this process: half a GB after a step or a sampler that takes seconds to compile,
+    and the peak of what runs after it is higher by that much.
+
+    Returns:
+      Whether the C library can (glibc does).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is None:
+        return False
+
+    def done(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event in _STAGES and duration_secs > _LONG:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(done)
+    return True
 
 
 def fast_dtype() -> str:

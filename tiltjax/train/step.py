@@ -63,7 +63,8 @@ def train_step(
         # shard_map, also where the loss communicates.
         loss, metrics = loss_fn(params, frozen, part, key)
         loss = loss.psum(axis_name)
-        return loss.total, {**metrics, "loss": loss}
+        # Of one part the mean, which saves a pass over all gradients to divide them.
+        return loss.mean if microbatches == 1 else loss.total, {**metrics, "loss": loss}
 
     grad_fn = jax.grad(total, has_aux=True)
     if microbatches == 1:
@@ -78,9 +79,10 @@ def train_step(
             return jax.tree.map(jnp.add, carry, grad_fn(state.params, *inputs)), None
 
         (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (parts, keys))
+        count = jnp.maximum(metrics["loss"].count, jnp.finfo(jnp.float32).tiny)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
     loss = metrics.pop("loss")
     grads = pmean(grads, axis_name)
-    grads = jax.tree.map(lambda g: g / jnp.maximum(loss.count, jnp.finfo(jnp.float32).tiny).astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     scalars = {name: value.psum(axis_name).mean for name, value in metrics.items()}
