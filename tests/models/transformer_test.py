@@ -77,20 +77,34 @@ def test_padding_moves_nothing(name):
     chex.assert_trees_all_equal(score(prompt, completion), score(other_prompt, other_completion))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_prefill_and_steps_give_the_scorers_log_probabilities(name):
-    model, prompt, prompt_mask, completion, _ = world(name)
+def in_type(name, dtype):
+    model, config = world(name)[0], TransformerConfig(**ARCHITECTURES[name] | dict(compute_dtype=dtype))
+    return jax.tree.unflatten(
+        jax.tree.structure(jax.eval_shape(lambda: Transformer(jax.random.key(0), config))), jax.tree.leaves(model)
+    )
+
+
+@pytest.mark.parametrize("rows", [None, B * N])
+@pytest.mark.parametrize(
+    ("name", "dtype", "atol"), [*((name, "float32", 1e-5) for name in ARCHITECTURES), ("llama", "bfloat16", 0.03)]
+)
+def test_prefill_and_steps_give_the_scorers_log_probabilities(name, dtype, atol, rows):
+    """Also with kernels stored the other way round, and a cache of 16 bits."""
+    _, prompt, prompt_mask, completion, _ = world(name)
+    model = in_type(name, dtype).cast(dtype)
 
     @jax.jit
     def decoded(model):
         logits, cache = model.prefill(prompt, prompt_mask, num_candidates=N, max_tokens=T)
-        rows = [jnp.broadcast_to(logits[:, None], (B, N, logits.shape[-1]))]
+        chosen = [jnp.broadcast_to(logits[:, None], (B, N, logits.shape[-1]))]
+        steps = model.unstacked(rows)
+        assert steps.blocks[0].up.turned == (rows is not None and dtype == "float32")
         for t in range(T - 1):
-            logits, cache = model.decode_step(completion[:, :, t], cache)
-            rows.append(logits)
-        return jnp.take_along_axis(jax.nn.log_softmax(jnp.stack(rows, 2)), completion[..., None], -1)[..., 0]
+            logits, cache = steps.decode_step(completion[:, :, t], cache)
+            chosen.append(logits)
+        return jnp.take_along_axis(jax.nn.log_softmax(jnp.stack(chosen, 2)), completion[..., None], -1)[..., 0]
 
-    np.testing.assert_allclose(decoded(model), model.score(prompt, prompt_mask, completion).logp, atol=1e-5)
+    np.testing.assert_allclose(decoded(model), model.score(prompt, prompt_mask, completion).logp, atol=atol)
 
 
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [("float32", 1e-5, 1e-6), ("bfloat16", 0.02, 0.02)])
@@ -109,9 +123,7 @@ def test_rematerialisation_changes_no_number(dtype, rtol, atol):
 
 def test_bfloat16_operands_keep_float32_results():
     model, prompt, prompt_mask, completion, _ = world("llama")
-    config = TransformerConfig(**ARCHITECTURES["llama"] | dict(compute_dtype="bfloat16"))
-    other = Transformer(jax.random.key(0), config)
-    other = jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(model))
+    other = in_type("llama", "bfloat16")
     exact, rounded = (m.score(prompt, prompt_mask, completion).logp for m in (model, other))
     assert rounded.dtype == jnp.float32
     assert 1e-5 < float(jnp.abs(exact - rounded).max()) < 0.1

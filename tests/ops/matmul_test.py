@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tiltjax.ops.bits import KEPT
-from tiltjax.ops.matmul import dot, matmul, outer, scale_rows, transposed_outer
+from tiltjax.ops.matmul import dot, matmul, outer, scale_rows, transposed_outer, turned_is_faster, turned_matmul
 
 RNG = np.random.default_rng(0)
 X, W, G = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(5, 4)), RNG.normal(size=(2, 3, 4))
@@ -52,6 +52,21 @@ def test_one_row_is_multiplied_without_a_wide_copy_of_the_matrix():
     assert "f32[64,300]" not in compiled.as_text()
     np.testing.assert_allclose(compiled(x, w), np.float64(x) @ np.float64(w), rtol=1e-5, atol=1e-5)
     assert dot(x[0], w.T, jnp.bfloat16).shape == (1, 300)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("batch", [(1,), (1, 1), (2, 3), (0,)])
+def test_a_turned_matrix_gives_the_same_products(batch, dtype):
+    x, w = jnp.asarray(RNG.normal(size=(*batch, 5)), jnp.float32), jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
+    y = jax.jit(lambda x, w: turned_matmul(x, w, dtype))(x, w.T)
+    assert (y.shape, y.dtype) == ((*batch, 4), jnp.dtype("float32"))
+    np.testing.assert_allclose(y, rounded(x, dtype) @ rounded(w, dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_small_narrow_products_are_not_turned():
+    assert not turned_is_faster(16, 576, 1536, jnp.bfloat16)
+    assert all(turned_is_faster(*case) for case in [(64, 576, 1536, jnp.bfloat16), (2, 64, 64, jnp.float32)])
+    assert turned_is_faster(2, 2048, 8192, jnp.bfloat16)
 
 
 def test_what_is_kept_is_stored_as_bits_and_changes_no_number():

@@ -16,10 +16,10 @@ __all__ = ["KeyValue", "Prefix", "attention", "causal_mask", "operand_dtype", "p
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class KeyValue:
-    """Keys and values of ``U`` positions, heads before positions: ``[*batch, K, U, d]``."""
+    """Keys and values of ``U`` positions, heads before positions: ``[*batch, K, U, d]``; in a cache perhaps as bits."""
 
-    key: Float[Array, "..."]
-    value: Float[Array, "..."]
+    key: Array
+    value: Array
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)

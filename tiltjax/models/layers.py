@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tiltjax.ops.bits import as_bits, from_bits
-from tiltjax.ops.matmul import matmul, scale_rows
+from tiltjax.ops.matmul import matmul, scale_rows, turned_matmul
 from tiltjax.types import Array, Dtype, Float, PRNGKey, PyTree
 
 __all__ = ["ACTIVATIONS", "NARROW", "WIDEN", "Linear", "Norm", "entry", "rotary", "rotate", "scan_layers"]
@@ -36,6 +36,7 @@ class Linear(nnx.Module):
       lora_a: ``[in, rank]`` or None.
       lora_b: ``[rank, out]`` or None; zero at the start, so that adapters change nothing until trained.
       scale: ``alpha / rank``.
+      turned: Whether the kernel is stored as ``[out, in]``, see `turn`.
     """
 
     def __init__(self, key: PRNGKey, features_in: int, features_out: int, *, bias: bool, std: float):
@@ -44,13 +45,24 @@ class Linear(nnx.Module):
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.scale = 1.0
+        self.turned = False
 
     def __call__(self, x: Float[Array, "*batch I"], dtype: Dtype, *, keep: bool = False) -> Float[Array, "*batch O"]:
         """Operands in ``dtype``, result in float32 or wider; ``keep`` as in `tiltjax.ops.matmul.matmul`."""
-        y = matmul(x, self.kernel[...], dtype, keep=keep)
+        kernel = self.kernel[...]
+        y = turned_matmul(x, kernel, dtype) if self.turned else matmul(x, kernel, dtype, keep=keep)
         if self.lora_a is not None and self.lora_b is not None:
             y = y + matmul(matmul(x, self.lora_a[...], dtype), self.lora_b[...], dtype) * self.scale
         return y if self.bias is None else y + _along_last(self.bias[...], y)
+
+    def turn(self) -> "Linear":
+        """The same map with its kernel stored as `tiltjax.ops.matmul.turned_matmul` reads it."""
+        other = jax.tree.map(lambda x: x, self)
+        kernel = self.kernel[...]
+        # Behind a barrier, lest XLA take the transposition into the product again.
+        other.kernel = nnx.Param(from_bits(jax.lax.optimization_barrier(as_bits(kernel).T), kernel.dtype))
+        other.turned = True
+        return other
 
 
 class Norm(nnx.Module):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import chex
@@ -16,7 +17,7 @@ from tiltjax.models.layers import ACTIVATIONS, NARROW, WIDEN, Linear, Norm, entr
 from tiltjax.models.segments import Segments, arrange
 from tiltjax.ops.bits import KEPT, as_bits, from_bits, gradient_at_rounded
 from tiltjax.ops.collectives import spread, whole
-from tiltjax.ops.matmul import dot
+from tiltjax.ops.matmul import dot, turned_is_faster
 from tiltjax.ops.tokens import TokenStats, token_logp
 from tiltjax.types import Array, Bool, Dtype, Float, Int, PRNGKey
 
@@ -353,12 +354,28 @@ class Transformer(nnx.Module):
 
         return jax.tree_util.tree_map_with_path(convert, self)
 
-    def unstacked(self) -> "Transformer":
-        """The same model with its blocks as a list, one per layer: the form to decode with."""
+    def unstacked(self, rows: int | None = None) -> "Transformer":
+        """The same model with its blocks as a list, one per layer: the form to decode with.
+
+        Args:
+          rows: How many tokens a step decodes at once; where it is given, kernels are stored as so many are multiplied
+            fastest.
+
+        Returns:
+          A model for `decode_step`; itself if it is one already.
+        """
         if isinstance(self.blocks, nnx.List):
             return self
-        model = jax.tree.map(lambda x: x, self)
-        model.blocks = nnx.List([_layer_of(self.blocks, jnp.int32(i)) for i in range(self.config.num_layers)])
+        model, dtype = jax.tree.map(lambda x: x, self), self.config.compute_dtype
+        blocks = [_layer_of(self.blocks, jnp.int32(i)) for i in range(self.config.num_layers)]
+        for block, name in itertools.product(blocks, (*WIDEN, *NARROW)):
+            linear = getattr(block, name)
+            if rows is None or linear is None:
+                continue
+            features_in, features_out = linear.kernel.shape
+            if turned_is_faster(rows, features_in, features_out, dtype):
+                setattr(block, name, linear.turn())
+        model.blocks = nnx.List(blocks)
         return model
 
     def _prompt_layer(self, block, x, angles, sees=None):

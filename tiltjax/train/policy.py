@@ -157,7 +157,7 @@ def model_sample(
     def mixed(key, models, prompt, prompt_mask, *, num):
         models = [model.cast(model.config.compute_dtype) for model in models]
         begun = [model.prefill(prompt, prompt_mask, num_candidates=num, max_tokens=max_tokens) for model in models]
-        models = [model.unstacked() for model in models]
+        models = [model.unstacked(len(prompt) * num) for model in models]
 
         def step(token, caches):
             stepped = [model.decode_step(token, cache) for model, cache in zip(models, caches, strict=True)]

@@ -73,13 +73,14 @@ def make_sampler(
 
     def together(keys, model, prompt, prompt_mask):
         logits, cache = model.prefill(prompt, prompt_mask, num_candidates=num_candidates, max_tokens=max_tokens)
-        return decode(keys, logits, cache, model.unstacked().decode_step, **options)
+        step = model.unstacked(len(prompt) * num_candidates).decode_step
+        return decode(keys, logits, cache, step, **options)
 
     def queued(keys, model, prompt, prompt_mask):
         assert slots is not None
         groups, width = grid_of(max(1, slots // places), len(prompt), num_candidates)
         prefill = functools.partial(model.prefill, num_candidates=width, max_tokens=max_tokens)
-        step = model.unstacked().decode_step
+        step = model.unstacked(groups * width).decode_step
         grid = {"groups": groups, "slots": width}
         out = decode_queue(keys, prompt, prompt_mask, prefill, model.refill, step, **grid, **options)
         return dataclasses.replace(out, steps=jnp.asarray(out.steps)[None])
