@@ -46,8 +46,8 @@ class TransformerConfig:
       tied: Whether the vocabulary projection is the embedding.
       compute_dtype: Operand type of the matrix products; sums, norms, softmax and logits are float32 or wider.
       remat: What the backward pass recomputes of each block: "full" (all of it, from its input), "dots" (all but the
-        matrix products without a batch dimension, whose results are kept, and the rounded input of the MLP's last) or
-        "none".
+        matrix products without a batch dimension, whose results are kept; within the MLP rounded to ``compute_dtype``)
+        or "none".
       attention: "plain"; "fused", two fused calls merged by log-sum-exp; or "auto", fused on GPUs and TPUs where
         shapes and types permit (`tiltjax.models.fused.choose`). The same function, to rounding.
     """
