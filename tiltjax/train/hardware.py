@@ -1,4 +1,4 @@
-"""What this machine computes fast."""
+"""What this machine computes fast, what was compiled for it, and the memory that compiling took."""
 
 import ctypes
 import functools
