@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tiltjax.models import lora
+from tiltjax.models.attention import operand_dtype
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
 
@@ -84,7 +85,25 @@ def in_type(name, dtype):
     )
 
 
-@pytest.mark.parametrize("rows", [None, B * N])
+def decoded(model, prompt, prompt_mask, completion, rows=None):
+    """Log-probabilities of the completions from prefill and steps, and the cache after the prompt."""
+
+    @jax.jit
+    def run(model):
+        B, N, T = completion.shape
+        logits, first = model.prefill(prompt, prompt_mask, num_candidates=N, max_tokens=T)
+        chosen, cache = [jnp.broadcast_to(logits[:, None], (B, N, logits.shape[-1]))], first
+        steps = model.unstacked(rows)
+        for t in range(T - 1):
+            logits, cache = steps.decode_step(completion[:, :, t], cache)
+            chosen.append(logits)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(jnp.stack(chosen, 2)), completion[..., None], -1)[..., 0]
+        return logp, first
+
+    return run(model)
+
+
+@pytest.mark.parametrize("rows", [None, 64])
 @pytest.mark.parametrize(
     ("name", "dtype", "atol"), [*((name, "float32", 1e-5) for name in ARCHITECTURES), ("llama", "bfloat16", 0.03)]
 )
@@ -92,19 +111,33 @@ def test_prefill_and_steps_give_the_scorers_log_probabilities(name, dtype, atol,
     """Also with kernels stored the other way round, and a cache of 16 bits."""
     _, prompt, prompt_mask, completion, _ = world(name)
     model = in_type(name, dtype).cast(dtype)
+    assert model.unstacked(rows).blocks[0].up.turned == (rows is not None)
+    logp, _ = decoded(model, prompt, prompt_mask, completion, rows)
+    np.testing.assert_allclose(logp, model.score(prompt, prompt_mask, completion).logp, atol=atol)
 
-    @jax.jit
-    def decoded(model):
-        logits, cache = model.prefill(prompt, prompt_mask, num_candidates=N, max_tokens=T)
-        chosen = [jnp.broadcast_to(logits[:, None], (B, N, logits.shape[-1]))]
-        steps = model.unstacked(rows)
-        assert steps.blocks[0].up.turned == (rows is not None and dtype == "float32")
-        for t in range(T - 1):
-            logits, cache = steps.decode_step(completion[:, :, t], cache)
-            chosen.append(logits)
-        return jnp.take_along_axis(jax.nn.log_softmax(jnp.stack(chosen, 2)), completion[..., None], -1)[..., 0]
 
-    np.testing.assert_allclose(decoded(model), model.score(prompt, prompt_mask, completion).logp, atol=atol)
+@pytest.mark.parametrize("rows", [None, 64])
+def test_steps_with_adapters_give_the_scorers_log_probabilities(rows):
+    model, prompt, prompt_mask, completion, _ = world("neox")
+    model = lora.add(jax.random.key(1), model, rank=3, alpha=6, targets=("query", "up", "down"))
+    trained, frozen = lora.partition(model, lora.is_adapter)
+    model = lora.combine(jax.tree.map(lambda x: x + 0.05, trained), frozen)
+    logp, _ = decoded(model, prompt, prompt_mask, completion, rows)
+    np.testing.assert_allclose(logp, model.score(prompt, prompt_mask, completion).logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_many_candidates_read_the_prompt_in_16_bits(kv_heads, num_prompts):
+    """On a CPU too, in any order of heads, where it has the units."""
+    config = TransformerConfig(**SMALL | dict(num_kv_heads=kv_heads, compute_dtype="bfloat16"))
+    model, rng = Transformer(jax.random.key(0), config), np.random.default_rng(0)
+    prompt = jnp.asarray(rng.integers(0, 48, (num_prompts, S)))
+    prompt_mask = jnp.asarray(np.arange(S) < LENGTHS[:num_prompts, None])
+    completion = jnp.asarray(rng.integers(0, 48, (num_prompts, 17, T)))
+    logp, cache = decoded(model, prompt, prompt_mask, completion)
+    assert cache.prefix[0].key.dtype == operand_dtype("bfloat16", rows=17)
+    np.testing.assert_allclose(logp, model.score(prompt, prompt_mask, completion).logp, atol=0.03)
 
 
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [("float32", 1e-5, 1e-6), ("bfloat16", 0.02, 0.02)])

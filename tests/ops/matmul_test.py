@@ -55,12 +55,13 @@ def test_one_row_is_multiplied_without_a_wide_copy_of_the_matrix():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("batch", [(1,), (1, 1), (2, 3), (0,)])
-def test_a_turned_matrix_gives_the_same_products(batch, dtype):
-    x, w = jnp.asarray(RNG.normal(size=(*batch, 5)), jnp.float32), jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
-    y = jax.jit(lambda x, w: turned_matmul(x, w, dtype))(x, w.T)
-    assert (y.shape, y.dtype) == ((*batch, 4), jnp.dtype("float32"))
-    np.testing.assert_allclose(y, rounded(x, dtype) @ rounded(w, dtype), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("axis", [1, 0])
+@pytest.mark.parametrize("rows", [0, 1, 6])
+def test_a_turned_matrix_gives_the_same_products(rows, axis, dtype):
+    x, w = jnp.asarray(RNG.normal(size=(rows, 5)), jnp.float32), jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
+    y = jax.jit(lambda w, x: turned_matmul(w, x, dtype, axis=axis))(w.T, x if axis else x.T)
+    assert (y.shape, y.dtype) == ((4, rows), jnp.dtype("float32"))
+    np.testing.assert_allclose(y.T, rounded(x, dtype) @ rounded(w, dtype), rtol=1e-5, atol=1e-6)
 
 
 def test_small_narrow_products_are_not_turned():

@@ -8,10 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.matmul import scale_rows
+from tiltjax.ops.matmul import multiplies_bfloat16, scale_rows
 from tiltjax.types import Array, Bool, Dtype, Float
 
 __all__ = ["KeyValue", "Prefix", "attention", "causal_mask", "operand_dtype", "prefix_window"]
+
+_MANY_ROWS = 16
+"""From here on a batched bfloat16 product beats a float32 one on a CPU that has units for it."""
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -42,7 +45,7 @@ def attention(
     own_mask: Bool[Array, "T U"] | Bool[Array, "#B #N T U"],
     *,
     prefix: Prefix | None = None,
-    turned: bool = False,
+    cached: bool = False,
     dtype: Dtype = jnp.float32,
 ) -> Float[Array, "B N H T d"]:
     r"""Softmax attention of N completions over a shared prompt and their own prefix.
@@ -58,7 +61,8 @@ def attention(
       own_mask: Which own positions each query sees, of every candidate alike or of each; every query must see at least
         one.
       prefix: The shared prompt, or None (prefill, where the prompt is its own completion with N = 1).
-      turned: Keys, own and the prompt's, come as ``[*batch, K, d, U]``.
+      cached: Keys and values come as a cache holds them: all keys as ``[*batch, K, d, U]``, and what is the prompt's in
+        the type to multiply in.
       dtype: Operand type of the matrix products.
 
     Returns:
@@ -70,11 +74,11 @@ def attention(
     G = H // K
     wide, dtype = jnp.promote_types(dtype, jnp.float32), operand_dtype(dtype)
     q = (query * d**-0.5).astype(dtype).reshape(B, N, K, G, T, d)
-    keys = "du" if turned else "ud"
+    own, keys = _converted(own, dtype), "du" if cached else "ud"
 
     # Products of [*batch, M, d] with [*batch, d, U], and no other form: XLA on the CPU is slow at most of them.
     def dot(spec, a, b):
-        return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=wide)
+        return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)
 
     def alone(a):
         return a.reshape(B * N, K, *a.shape[3:])
@@ -87,9 +91,9 @@ def attention(
     scores = jnp.where(own_mask if own_mask.ndim == 2 else own_mask[:, :, None, None], scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, initial=-jnp.inf)
     if prefix is not None:
-        S = prefix.mask.shape[-1]
+        S, kv = prefix.mask.shape[-1], prefix.kv if cached else _converted(prefix.kv, dtype)
         seen = prefix.mask[:, None, None, None] if prefix.mask.ndim == 3 else prefix.mask[:, None, :, None]
-        shared = dot(f"bkmd,bk{keys}->bkmu", turn(q).reshape(B, K, N * G * T, d), prefix.kv.key)
+        shared = dot(f"bkmd,bk{keys}->bkmu", turn(q).reshape(B, K, N * G * T, d), kv.key)
         shared = jnp.where(seen, shared.reshape(B, K, N, G, T, S), -jnp.inf)
         top = jnp.maximum(top, turn(jnp.max(shared, axis=-1, initial=-jnp.inf)))
     top = jax.lax.stop_gradient(top)
@@ -100,21 +104,28 @@ def attention(
         weights = jnp.exp(shared - turn(top)[..., None])
         total += turn(jnp.sum(weights, axis=-1))
         weights = weights.reshape(B, K, N * G * T, S)
-        out += turn(dot("bkmu,bkud->bkmd", weights, prefix.kv.value).reshape(B, K, N, G, T, d))
+        out += turn(dot("bkmu,bkud->bkmd", weights, kv.value).reshape(B, K, N, G, T, d))
     return scale_rows(out, 1 / total).reshape(query.shape)
 
 
-def operand_dtype(dtype: Dtype) -> Dtype:
+def operand_dtype(dtype: Dtype, *, rows: int = 0) -> Dtype:
     """The type that attention multiplies in: what it is given comes converted where it is in it already.
 
     Args:
       dtype: Operand type of the matrix products.
+      rows: How many queries a cache's keys of one head are multiplied with at once; 0 where there is a gradient.
 
     Returns:
-      ``dtype``; on the CPU float32 or wider: XLA has batched bf16 x bf16 -> f32 products there for some layouts only,
-      and fails at run time at others.
+      ``dtype``; on the CPU float32 or wider, unless ``rows`` are many: XLA has batched bf16 x bf16 -> f32 products
+      there in the order of rows that decoding has them in, and fails at run time at those of a gradient.
     """
-    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
+    if jax.default_backend() != "cpu" or (rows >= _MANY_ROWS and multiplies_bfloat16()):
+        return dtype
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _converted(kv: KeyValue, dtype: Dtype) -> KeyValue:
+    return jax.tree.map(lambda a: a.astype(dtype), kv)
 
 
 def causal_mask(queries: int, keys: int, *, window: int | None = None) -> Bool[Array, "T U"]:

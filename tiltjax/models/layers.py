@@ -49,11 +49,20 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch I"], dtype: Dtype, *, keep: bool = False) -> Float[Array, "*batch O"]:
         """Operands in ``dtype``, result in float32 or wider; ``keep`` as in `tiltjax.ops.matmul.matmul`."""
-        kernel = self.kernel[...]
-        y = turned_matmul(x, kernel, dtype) if self.turned else matmul(x, kernel, dtype, keep=keep)
+        if self.turned:
+            return self.columns(x.reshape(-1, x.shape[-1]), dtype).T.reshape(*x.shape[:-1], len(self.kernel))
+        y = matmul(x, self.kernel[...], dtype, keep=keep)
         if self.lora_a is not None and self.lora_b is not None:
             y = y + matmul(matmul(x, self.lora_a[...], dtype), self.lora_b[...], dtype) * self.scale
         return y if self.bias is None else y + _along_last(self.bias[...], y)
+
+    def columns(self, x: Float[Array, "_ _"], dtype: Dtype, *, axis: int = 1) -> Float[Array, "out _"]:
+        """What a turned kernel gives of rows ``[R, in]`` or, with ``axis=0``, columns ``[in, R]``: columns."""
+        y = turned_matmul(self.kernel[...], x, dtype, axis=axis)
+        if self.lora_a is not None and self.lora_b is not None:
+            rows = x if axis else x.T
+            y = y + matmul(matmul(rows, self.lora_a[...], dtype), self.lora_b[...], dtype).T * self.scale
+        return y if self.bias is None else y + self.bias[...][:, None]
 
     def turn(self) -> "Linear":
         """The same map with its kernel stored as `tiltjax.ops.matmul.turned_matmul` reads it."""

@@ -31,7 +31,7 @@ class Cache:
     Keys stand as ``[..., d, S]``: there a step reads them in order (on a CPU two to three times as fast).
 
     Attributes:
-      prefix: One per layer: keys ``[B, K, d, S]``, values ``[B, K, S, d]``.
+      prefix: One per layer: keys ``[B, K, d, S]``, values ``[B, K, S, d]``, in the type that attention multiplies in.
       prompt_mask: ``[B, S]``.
       own: One per layer, ``[B N, K, d, T]`` and ``[B N, K, T, d]``, as `tiltjax.ops.bits.as_bits` stores it: a ring of
         the last T tokens, updated in place under `jax.jit` (B and N in one axis, lest XLA drop one of length 1 and copy
@@ -93,11 +93,17 @@ class Block(nnx.Module):
         after = x + self.out(merged, dtype)
         h = self.mlp_norm(x if c.parallel_residual else after)
         act = ACTIVATIONS[c.activation]
-        if self.gate is None:
-            hidden = gradient_at_rounded(act, dtype, self.up(h, dtype))
-        else:
-            hidden = gradient_at_rounded(lambda g, u: act(g) * u, dtype, self.gate(h, dtype), self.up(h, dtype))
-        return after + self.down(hidden, dtype, keep=True)
+
+        def combine(*inner):
+            """The hidden layer, of ``(gate, up)`` or of ``up``."""
+            return gradient_at_rounded(lambda g, *u: act(g) * u[0] if u else act(g), dtype, *inner)
+
+        maps = [self.up] if self.gate is None else [self.gate, self.up]
+        if self.down.turned:
+            rows = h.reshape(-1, c.features)
+            hidden = combine(*(m.columns(rows, dtype) for m in maps))
+            return after + self.down.columns(hidden, dtype, axis=0).T.reshape(after.shape)
+        return after + self.down(combine(*(m(h, dtype) for m in maps)), dtype, keep=True)
 
 
 class Transformer(nnx.Module):
@@ -265,11 +271,12 @@ class Transformer(nnx.Module):
         x, angles = self._embed_prompt(prompt)
         x, kv = scan_layers(lambda x, block: self._prompt_layer(block, x, angles), x, self.blocks)
         # Kept as attention reads it, so that no step converts it again.
-        kv = _turned(jax.tree.map(lambda a: a.astype(operand_dtype(c.compute_dtype)), kv))
+        rows = num_candidates * (c.num_heads // c.num_kv_heads)
+        kv = _by_feature(jax.tree.map(lambda a: a.astype(operand_dtype(c.compute_dtype, rows=rows)), kv))
         prefix = tuple(jax.tree.map(lambda a: a[i, :, 0], kv) for i in range(c.num_layers))  # noqa: B023
         shape = (prompt.shape[0] * num_candidates, c.num_kv_heads, max_tokens, c.head_dim)
         empty = as_bits(jnp.zeros(shape, c.compute_dtype))
-        own = (_turned(KeyValue(key=empty, value=empty)),) * c.num_layers
+        own = (_by_feature(KeyValue(key=empty, value=empty)),) * c.num_layers
         last = self.norm(_at(x[:, 0], jnp.sum(prompt_mask, axis=-1) - 1))
         reach = jnp.arange(prompt.shape[1] + max_tokens)[None, None]
         reach = jax.tree.map(lambda a: a[0, 0, 0], self._angles(reach))
@@ -292,7 +299,7 @@ class Transformer(nnx.Module):
         """
         logits, new = self.prefill(prompt, prompt_mask, num_candidates=1, max_tokens=0)
         old = (cache.prefix, cache.prompt_mask)
-        put = functools.partial(jax.tree.map, lambda a, b: a.at[row].set(b, mode="drop"))
+        put = functools.partial(jax.tree.map, lambda a, b: a.at[row].set(b.astype(a.dtype), mode="drop"))
         prefix, mask = put(old, (new.prefix, new.prompt_mask))
         return logits, dataclasses.replace(cache, prefix=prefix, prompt_mask=mask)
 
@@ -335,7 +342,7 @@ class Transformer(nnx.Module):
             own = _put(own, new, place)
             kv = jax.tree.map(lambda a: from_bits(a, c.compute_dtype).reshape(*token.shape, *a.shape[1:]), own)
             shared = Prefix(kv=prefix, mask=seen)
-            attended = attention(query, kv, own_mask, prefix=shared, turned=True, dtype=c.compute_dtype)
+            attended = attention(query, kv, own_mask, prefix=shared, cached=True, dtype=c.compute_dtype)
             y = block.finish(y, attended)
             filled.append(own)
         state = self.norm(y[:, :, 0])
@@ -446,12 +453,12 @@ def _layer_of(blocks: Block, i: Int[Array, ""]) -> Block:
 
 def _put(cache: KeyValue, new: KeyValue, place: Int[Array, ""]) -> KeyValue:
     """The cache of a layer with one more key and value, ``new [B, N, K, 1, d]``, of every candidate."""
-    new = _turned(jax.tree.map(lambda a: as_bits(a).reshape(-1, *a.shape[2:]), new))
+    new = _by_feature(jax.tree.map(lambda a: as_bits(a).reshape(-1, *a.shape[2:]), new))
     put = jax.lax.dynamic_update_slice_in_dim
     return KeyValue(key=put(cache.key, new.key, place, axis=-1), value=put(cache.value, new.value, place, axis=-2))
 
 
-def _turned(kv: KeyValue) -> KeyValue:
+def _by_feature(kv: KeyValue) -> KeyValue:
     """Keys ``[..., U, d]`` as the cache holds them, ``[..., d, U]``."""
     return KeyValue(key=jnp.swapaxes(kv.key, -1, -2), value=kv.value)
 

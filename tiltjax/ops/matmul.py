@@ -1,6 +1,7 @@
 """Matrix products with narrow operands and wide results, forward and backward: the fast path of every matrix unit."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from tiltjax.ops.bits import as_bits, from_bits
 from tiltjax.ops.bits import keep as kept
 from tiltjax.types import Array, Dtype, Float
 
-__all__ = ["dot", "matmul", "outer", "scale_rows", "turned_is_faster", "turned_matmul"]
+__all__ = ["dot", "matmul", "multiplies_bfloat16", "outer", "scale_rows", "turned_is_faster", "turned_matmul"]
 
 _PADDING = 16
 
@@ -52,6 +53,18 @@ def matmul(
     return _narrow(jnp.dtype(dtype), keep, x, w)
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine has units for products of bfloat16: GPUs and TPUs, and CPUs with AVX-512 BF16 or AMX."""
+    if jax.default_backend() != "cpu":
+        return True
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in text or "amx_bf16" in text
+
+
 def turned_is_faster(rows: int, features_in: int, features_out: int, dtype: Dtype) -> bool:
     """Whether `turned_matmul` beats `matmul` on this machine: on a CPU, for all but small narrow products.
 
@@ -68,28 +81,28 @@ def turned_is_faster(rows: int, features_in: int, features_out: int, dtype: Dtyp
     return jax.default_backend() == "cpu" and not small
 
 
-def turned_matmul(x: Float[Array, "*batch I"], w: Float[Array, "O I"], dtype: Dtype) -> Float[Array, "*batch O"]:
-    r"""``x w^T`` as the transpose of ``w x^T``, for few rows and a matrix that is stored the other way round.
-
-    .. math:: y = ([w] [x]^\top)^\top
+def turned_matmul(
+    w: Float[Array, "O I"], x: Float[Array, "_ _"], dtype: Dtype, *, axis: int = 1
+) -> Float[Array, "O _"]:
+    """``W x^T`` (``axis=1``) or ``W x`` (0): the products of few rows, as columns.
 
     Before it multiplies, XLA on the CPU brings the second operand of a product into an order of its own. Where ``x``
     has few rows, that takes as long as the product if the second operand is the matrix, and no time if it is ``x``.
 
     Args:
-      x: Any leading axes.
       w: One matrix, rows of outputs.
+      x: R rows ``[R, I]``, or columns ``[I, R]`` as this function returns them.
       dtype: Of the operands.
+      axis: The one of ``x`` to sum over.
 
     Returns:
-      The products, float32 or wider.
+      The products, ``[O, R]``, float32 or wider.
     """
-    rows = x.astype(dtype).reshape(-1, x.shape[-1])
-    if len(rows) == 1:
-        rows = _two_rows(rows)
-    # The barrier keeps XLA from swapping the operands back.
-    y = jax.lax.optimization_barrier(_product(w.astype(dtype), rows, 1))
-    return y.T[: x.size // x.shape[-1]].reshape(*x.shape[:-1], len(w))
+    rows, x = x.shape[1 - axis], x.astype(dtype)
+    if rows == 1:
+        x = _two_rows(x) if axis else _two_rows(x).T
+    # The barrier keeps XLA from swapping the operands.
+    return jax.lax.optimization_barrier(_product(w.astype(dtype), x, axis))[:, :rows]
 
 
 def scale_rows(x: Float[Array, "*batch D"], factor: Float[Array, "*batch"]) -> Float[Array, "*batch D"]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import jax
 
+from tiltjax.ops.matmul import multiplies_bfloat16
 from tiltjax.train.config import field
 
 __all__ = ["CACHE", "compilation_cache", "compilation_cache_field", "fast_dtype", "return_memory_after_compiling"]
@@ -71,14 +72,5 @@ def return_memory_after_compiling() -> bool:
 
 
 def fast_dtype() -> str:
-    """Operand type of matrix products that this machine has units for: "bfloat16" or "float32".
-
-    GPUs and TPUs take bfloat16; a CPU does where it has the AVX-512 or AMX instructions for it.
-    """
-    if jax.default_backend() != "cpu":
-        return "bfloat16"
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "float32"
-    return "bfloat16" if "avx512_bf16" in text or "amx_bf16" in text else "float32"
+    """Operand type of matrix products that this machine has units for: "bfloat16" or "float32"."""
+    return "bfloat16" if multiplies_bfloat16() else "float32"
