@@ -3,8 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from tiltjax.models.layers import entry, scan_layers
+from tiltjax.models.layers import Linear, entry, scan_layers
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -71,3 +72,36 @@ def test_sixteen_bits_are_not_widened_to_take_some_of_them(by):
 
     compiled = jax.jit(product).lower(jnp.zeros((4, 64), jnp.bfloat16), stack).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < stack.nbytes / 2
+
+
+@pytest.mark.parametrize("batch", [(1,), (1, 1), (2, 3), (0,)])
+def test_a_turned_map_is_the_same_map(batch):
+    """With a bias and adapters, of rows in any arrangement and of columns."""
+    rng = np.random.default_rng(2)
+    whole = Linear(jax.random.key(0), 5, 4, bias=True, std=1.0)
+    whole.bias = nnx.Param(jnp.asarray(rng.normal(size=4), jnp.float32))
+    whole.lora_a = nnx.Param(jnp.asarray(rng.normal(size=(5, 2)), jnp.float32))
+    whole.lora_b = nnx.Param(jnp.asarray(rng.normal(size=(2, 4)), jnp.float32))
+    x, turned = jnp.asarray(rng.normal(size=(*batch, 5)), jnp.float32), whole.turn()
+    expected = whole(x, jnp.float32)
+    np.testing.assert_allclose(turned(x, jnp.float32), expected, rtol=1e-5, atol=1e-6)
+    columns = turned.columns(x.reshape(-1, 5).T, jnp.float32, axis=0)
+    np.testing.assert_allclose(columns.T, expected.reshape(-1, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_turned_map_makes_no_wide_copy_of_its_kernel():
+    """Of what another one gives, in the order it gives it."""
+    up = Linear(jax.random.key(0), 96, 160, bias=False, std=0.1)
+    down = Linear(jax.random.key(1), 160, 96, bias=False, std=0.1)
+    for linear in (up, down):
+        linear.kernel = nnx.Param(linear.kernel[...].astype(jnp.bfloat16).T)
+        linear.turned = True
+
+    def run(up, down, x):
+        hidden = jax.nn.silu(up.columns(x, jnp.bfloat16))
+        return down.columns(hidden, jnp.bfloat16, axis=0)
+
+    text = jax.jit(run).lower(up, down, jnp.ones((64, 96))).compile().as_text()
+    assert "bf16[160,96]" in text
+    assert "f32[160,96]" not in text.replace("bf16[160,96]", "")
+    assert "f32[96,160]" not in text.replace("bf16[96,160]", "")
