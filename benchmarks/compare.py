@@ -8,9 +8,9 @@
 Every measurement is a process of its own: one call to warm up, then at most three timed ones within 40 seconds. Cases
 come one after the other, and within a case the libraries take turns, so that a slow hour slows all of them. First come
 the cases with a goal, each by the peers' usually fastest settings; then tiltjax alone (other cases, the mini shape,
-compile and import time); then the peers' other settings, with tiltjax once more in between. What does not fit into the
-time that is left waits for ``--resume``, which goes on with the last run of the same code. A peer whose environment is
-missing is left out.
+compile and import time); then the peers' other settings and their first ones again, with tiltjax once more in between.
+What does not fit into the time that is left waits for ``--resume``, which goes on with the last run of the same code. A
+peer whose environment is missing is left out.
 """
 
 import argparse
@@ -35,6 +35,9 @@ _ALONE = {"imports": 90.0, "compile": 110.0}
 _DTYPES = {"trl": ("bfloat16", "float32", "autocast"), "tunix": ("float32", "bfloat16")}
 """Settings of the peers, the usually fastest first."""
 
+_TURNS = ((0, 1), (1, 1), (2, 1), (0, 2))
+"""Of a case: which of the settings the peers take, for the how many-th time; tiltjax is measured in every turn."""
+
 _MINI = ("sft_8x128", "dpo_64_64_in_step", "generate_16", "best_of_16", "group_step")
 
 
@@ -50,22 +53,23 @@ def plan(shape: str, cases: Sequence[Case], peers: Sequence[str]) -> list[Job | 
       Jobs, and names of modules that run as they are.
     """
 
-    def turns(case: Case, place: int) -> list[Job]:
-        """The peers' settings at a place of their lists, tiltjax in the middle."""
+    def turn(case: Case, number: int) -> list[Job]:
+        """The peers that have such a setting, with tiltjax in the middle."""
+        place, process = _TURNS[number]
         able = [p for p in peers if place < len(_DTYPES[p]) and not (p == "tunix" and case.reference == "precomputed")]
-        jobs = [Job(p, case, shape, _DTYPES[p][place]) for p in able]
-        # Its third turn is for the peers' third settings only.
-        mine = [Job("tiltjax", case, shape, "auto", process=place + 1)] if place < 2 or able else []
+        jobs = [Job(p, case, shape, _DTYPES[p][place], process=process) for p in able]
+        # Its turns after the second are for the peers only.
+        mine = [Job("tiltjax", case, shape, "auto", process=number + 1)] if number < 2 or able else []
         return jobs[:1] + mine + jobs[1:]
 
     aims, others = [c for c in cases if c.goal], [c for c in cases if not c.goal]
-    jobs: list[Job | str] = [job for case in aims for job in turns(case, 0)]
+    jobs: list[Job | str] = [job for case in aims for job in turn(case, 0)]
     jobs += [Job("tiltjax", case, shape, "auto") for case in others]
     if shape == "135m":
         jobs += [Job("tiltjax", case, "mini", "auto") for case in cases if case.name in _MINI]
     jobs += list(_ALONE)
-    later = [job for place in (1, 2) for case in aims for job in turns(case, place)]
-    later += [job for place in (0, 1) for case in others for job in turns(case, place)]
+    later = [job for number in range(1, len(_TURNS)) for case in aims for job in turn(case, number)]
+    later += [job for number in (0, 1) for case in others for job in turn(case, number)]
     return jobs + [job for job in later if job not in jobs]
 
 

@@ -122,6 +122,9 @@ def test_a_run_goes_on_where_it_stopped():
     timed = [job for job in jobs if not isinstance(job, str)]
     assert len(timed) == len(set(timed))
     assert {j.dtype for j in timed if j.library == "trl" and j.case.name == "sft_8x128"} == set(compare._DTYPES["trl"])
+    first = [j.process for j in timed if j.library == "trl" and j.case.name == "sft_8x128" and j.dtype == "bfloat16"]
+    assert first == [1, 2]  # Once more at the end, lest a drift of the machine pass for a difference.
+    assert [j.process for j in timed if j.label.startswith("sft_8x128 135m: tiltjax")] == [1, 2, 3, 4]
     assert not [j for j in timed if j.library == "tunix" and j.case.reference == "precomputed"]
     assert jobs[0].case.goal  # Goals come first.
     assert compare.unfinished(jobs, []) == jobs

@@ -51,6 +51,15 @@ def pulled_back(function, *, dtype=jnp.float64):
     return jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.asarray(HIDDEN, dtype), jnp.asarray(HEAD, dtype))
 
 
+def test_makes_no_wide_copy_of_a_narrow_head():
+    """Of 16 bits, whole chunks or not; what the tail is cut from neither."""
+    hidden, token = jnp.ones((8, 64), jnp.bfloat16), jnp.zeros(8, int)
+    for size in (2048, 2050):
+        head = jnp.ones((size, 64), jnp.bfloat16)
+        compiled = jax.jit(functools.partial(token_logp, chunk=64)).lower(hidden, head, token).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < head.nbytes / 2
+
+
 @pytest.mark.parametrize(("chunk", "temperature"), [(8, 1.0), (8, 0.7), (37, 1.0), (1, 2.0), (64, 0.7)])
 def test_is_the_float64_log_softmax(chunk, temperature):
     expected = exact(HIDDEN, HEAD, TOKEN, temperature)

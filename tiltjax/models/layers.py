@@ -1,12 +1,13 @@
 """Parts of a transformer: linear maps with optional low-rank adapters, norms, rotary positions."""
 
+import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tiltjax.ops.bits import as_bits, from_bits
+from tiltjax.ops.bits import as_bits, from_bits, part
 from tiltjax.ops.matmul import matmul, scale_rows, turned_matmul
 from tiltjax.types import Array, Dtype, Float, PRNGKey, PyTree
 
@@ -99,10 +100,7 @@ class Norm(nnx.Module):
 
 @jax.custom_jvp
 def entry(x: Array, index: Array) -> Array:
-    """``x[index]``: one layer of a stack, or rows of an embedding.
-
-    XLA on the CPU would widen all of a 16-bit ``x`` to float32 to take some of it; as integers it moves them as they
-    are.
+    """``x[index]``: one layer of a stack, or rows of an embedding, taken by `tiltjax.ops.bits.part`.
 
     Args:
       x: Any array.
@@ -111,11 +109,7 @@ def entry(x: Array, index: Array) -> Array:
     Returns:
       ``[*index.shape, *x.shape[1:]]``.
     """
-    if as_bits(x).dtype == x.dtype:
-        return x[index]
-    # Tied to the index, lest a loop take the change of type out of itself, for all of x.
-    x, index = jax.lax.optimization_barrier((x, index))
-    return from_bits(as_bits(x)[index], x.dtype)
+    return part(operator.getitem, x, index)
 
 
 @entry.defjvp
@@ -141,7 +135,7 @@ def scan_layers(
 
     def step(x, inputs):
         i, sliced = inputs
-        one = [entry(a, i) if skip else part for a, part, skip in zip(arrays, sliced, whole, strict=True)]
+        one = [entry(a, i) if skip else b for a, b, skip in zip(arrays, sliced, whole, strict=True)]
         return layer(x, jax.tree.unflatten(form, one))
 
     sliced = [None if skip else a for a, skip in zip(arrays, whole, strict=True)]

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tiltjax.types import Array, Dtype
 
-__all__ = ["KEPT", "as_bits", "from_bits", "gradient_at_rounded", "keep"]
+__all__ = ["KEPT", "as_bits", "from_bits", "gradient_at_rounded", "keep", "part"]
 
 KEPT = "kept"
 """The name under which a rematerialisation policy finds what `keep` was given."""
@@ -39,6 +39,26 @@ def from_bits(x: Array, dtype: Dtype) -> Array:
       The same bits, of the same shape.
     """
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def part(take: Callable[[Array, Array], Array], x: Array, index: Array) -> Array:
+    """``take(x, index)``, a small part of a large array, its 16 bits moved as `as_bits` has them.
+
+    XLA on the CPU would widen all of a 16-bit ``x`` to float32 to take some of it. No gradient passes.
+
+    Args:
+      take: Moves numbers and changes none.
+      x: Any array.
+      index: Which part.
+
+    Returns:
+      The part.
+    """
+    if as_bits(x).dtype == x.dtype:
+        return take(x, index)
+    # Tied to the index, lest a loop take the change of type out of itself, for all of x.
+    x, index = jax.lax.optimization_barrier((x, index))
+    return from_bits(take(as_bits(x), index), x.dtype)
 
 
 def keep(x: Array) -> Array:

@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from tiltjax.ops.bits import part
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.ops.masked import as_float
 from tiltjax.ops.matmul import dot, matmul, outer
@@ -206,9 +207,12 @@ class _Walk:
         size = jax.tree.leaves(heads)[0].shape[0]
         full, tail = divmod(size, self.chunk)
 
+        def cut(w, first):
+            return jax.lax.dynamic_slice_in_dim(w, first, self.chunk)
+
         def step(i, carry):
             first = i * self.chunk
-            rows = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, first, self.chunk), heads)
+            rows = jax.tree.map(lambda w: part(cut, w, first), heads)
             return body(carry, first, rows)
 
         carry = jax.lax.fori_loop(0, full, step, carry)
