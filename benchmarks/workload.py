@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from tiltjax.train.objectives import likelihood_objective, method_kernel, sft_ob
 from tiltjax.train.rollout import make_sampler, make_scorer, narrow
 from tiltjax.train.state import TrainState, init_state
 from tiltjax.train.step import train_step
-from tiltjax.types import Params, PRNGKey
+from tiltjax.types import Array, Int, Params, PRNGKey
 
 __all__ = ["DTYPES", "Compiling", "batch_of", "model_of", "multiply", "prepare", "run"]
 
@@ -37,7 +38,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 def model_of(shape: str, dtype: str, *, remat: str = "dots", decoding: bool = False, **settings: Any) -> Transformer:
     """A model of a named shape with random parameters: float32, or for decoding in the type they are multiplied in.
 
-    Made array by array: drawn in one program, all of them would be held several times over.
+    Made array by array, each waited for: drawn in one program or all at once, they would be held several times over.
     """
     s = SHAPES[shape]
     config = TransformerConfig(
@@ -59,7 +60,7 @@ def model_of(shape: str, dtype: str, *, remat: str = "dots", decoding: bool = Fa
         names = {getattr(key, "name", None) for key in path}
         if names & {"scale", "bias"}:
             return jnp.full(leaf.shape, float("scale" in names), leaf.dtype)
-        return _normal(next(keys), leaf.shape, leaf.dtype, s.features**-0.5)
+        return jax.block_until_ready(_normal(next(keys), leaf.shape, leaf.dtype, s.features**-0.5))
 
     def new() -> Transformer:
         model = Transformer(jax.random.key(0), config)
@@ -70,7 +71,13 @@ def model_of(shape: str, dtype: str, *, remat: str = "dots", decoding: bool = Fa
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: PRNGKey, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
-    return (std * jax.random.normal(key, shape)).astype(dtype)
+    """Some rows at a time: what drawing needs for itself would be the most that a process of the benchmark holds."""
+
+    def row(key: PRNGKey) -> jax.Array:
+        return (std * jax.random.normal(key, shape[-1:])).astype(dtype)
+
+    keys = jax.random.split(key, math.prod(shape[:-1]))
+    return jax.lax.map(row, keys, batch_size=2048).reshape(shape)
 
 
 def batch_of(case: Case, shape: str) -> Candidates:
@@ -99,13 +106,17 @@ def prepare(case: Case, shape: str, dtype: str) -> Callable[[], Any]:
 
     def draw():
         drawn = sampler(next(keys), model, batch.prompt, batch.prompt_mask)
-        if case.N > 1:  # The share of even tokens stands for a reward that costs nothing.
-            reward = jnp.mean(drawn.completion % 2 == 0, axis=-1, dtype=jnp.float32)
-            winner = soft_best_of_n(next(keys), reward, beta=0.1)
-            return jax.block_until_ready(jnp.take_along_axis(drawn.completion, winner[:, None, None], axis=1))
-        return jax.block_until_ready(drawn)
+        return jax.block_until_ready(_winner(next(keys), drawn.completion) if case.N > 1 else drawn)
 
     return draw
+
+
+@jax.jit
+def _winner(key: PRNGKey, completion: Int[Array, "B N T"]) -> Int[Array, "B 1 T"]:
+    """Soft best-of-N, where the share of even tokens stands for a reward that costs nothing."""
+    reward = jnp.mean(completion % 2 == 0, axis=-1, dtype=jnp.float32)
+    winner = soft_best_of_n(key, reward, beta=0.1)
+    return jnp.take_along_axis(completion, winner[:, None, None], axis=1)
 
 
 def _training(case: Case, model: Transformer, batch: Candidates) -> Callable[[], Any]:
