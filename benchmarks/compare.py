@@ -36,7 +36,7 @@ _DTYPES = {"trl": ("bfloat16", "float32", "autocast"), "tunix": ("float32", "bfl
 """Settings of the peers, the usually fastest first."""
 
 _TURNS = ((0, 1), (1, 1), (2, 1), (0, 2))
-"""Of a case: which of the settings the peers take, for the how many-th time; tiltjax is measured in every turn."""
+"""Of a case: the place of the peers' setting in their lists, and for the how many-th time it is measured."""
 
 _MINI = ("sft_8x128", "dpo_64_64_in_step", "generate_16", "best_of_16", "group_step")
 
@@ -54,11 +54,11 @@ def plan(shape: str, cases: Sequence[Case], peers: Sequence[str]) -> list[Job | 
     """
 
     def turn(case: Case, number: int) -> list[Job]:
-        """The peers that have such a setting, with tiltjax in the middle."""
+        """The peers that have a setting at that place, with tiltjax in the middle."""
         place, process = _TURNS[number]
         able = [p for p in peers if place < len(_DTYPES[p]) and not (p == "tunix" and case.reference == "precomputed")]
         jobs = [Job(p, case, shape, _DTYPES[p][place], process=process) for p in able]
-        # Its turns after the second are for the peers only.
+        # It has two turns of its own; later ones only beside a peer.
         mine = [Job("tiltjax", case, shape, "auto", process=number + 1)] if number < 2 or able else []
         return jobs[:1] + mine + jobs[1:]
 

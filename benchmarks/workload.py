@@ -38,7 +38,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 def model_of(shape: str, dtype: str, *, remat: str = "dots", decoding: bool = False, **settings: Any) -> Transformer:
     """A model of a named shape with random parameters: float32, or for decoding in the type they are multiplied in.
 
-    Made array by array, each waited for: drawn in one program or all at once, they would be held several times over.
+    Made array by array: drawn in one program, all of them would be held several times over.
     """
     s = SHAPES[shape]
     config = TransformerConfig(
@@ -60,7 +60,7 @@ def model_of(shape: str, dtype: str, *, remat: str = "dots", decoding: bool = Fa
         names = {getattr(key, "name", None) for key in path}
         if names & {"scale", "bias"}:
             return jnp.full(leaf.shape, float("scale" in names), leaf.dtype)
-        return jax.block_until_ready(_normal(next(keys), leaf.shape, leaf.dtype, s.features**-0.5))
+        return _normal(next(keys), leaf.shape, leaf.dtype, s.features**-0.5)
 
     def new() -> Transformer:
         model = Transformer(jax.random.key(0), config)
