@@ -37,7 +37,7 @@ from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Params
 
-__all__ = ["adapters", "optimizer", "packed", "training_data", "tune", "whole"]
+__all__ = ["adapters", "host_data", "optimizer", "packed", "training_data", "tune", "whole"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -158,6 +158,29 @@ def var_blocks(world: World, drawn: Candidates) -> list[VarBatch]:
     return blocks
 
 
+def host_data(world: World, data: Any, order: Callable[[int], np.ndarray]) -> tuple[Any, int]:
+    """What this host loads for each step.
+
+    Args:
+      world: Of the run.
+      data: Rows of all prompts, of `training_data`; where packing, with weights.
+      order: ``step -> indices`` of the global batch.
+
+    Returns:
+      A grain dataset of the steps, as of `tiltjax.data.pipeline.host_batches`, and the rows of a global batch.
+    """
+    config, place = world.config, batch_sharding(world.mesh)
+    if not config.pack:
+        mine = distributed.host_rows(place, config.batch_size)
+        take = lambda which: jax.tree.map(lambda x: x[which], data)  # noqa: E731
+        return host_batches(take, order, num_steps=config.steps, rows=mine), config.batch_size
+    # Which sequences share a row is decided over the whole batch: every host packs all of it and cuts its rows out.
+    pack, size = packed(world, data, order)
+    mine = distributed.host_rows(place, size)
+    part = lambda which: jax.tree.map(lambda x: x[mine], pack(which))  # noqa: E731
+    return host_batches(part, order, num_steps=config.steps), size
+
+
 def tune(world: World, drawn: Candidates) -> Transformer:
     """Fits the policy; returns it with adapters merged."""
     config = world.config
@@ -168,11 +191,7 @@ def tune(world: World, drawn: Candidates) -> Transformer:
     state = shard(init_state(trained, tx), world.mesh)
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)
     place = batch_sharding(world.mesh)
-    take, size = (lambda which: jax.tree.map(lambda x: x[which], data)), config.batch_size
-    if config.pack:
-        take, size = packed(world, data, order)
-    mine = distributed.host_rows(place, size)  # A host cuts its rows out of those of the whole batch.
-    rows = host_batches(lambda which: jax.tree.map(lambda x: x[mine], take(which)), order, num_steps=config.steps)
+    rows, size = host_data(world, data, order)
     stream = Stream(rows)
     batch_of = lambda step: distributed.global_batch(stream(step), place, size)  # noqa: E731
     mapped = sharded_step(step, state, frozen, world.mesh) if config.mapping == "sharded" else pmap_step(step)

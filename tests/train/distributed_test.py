@@ -4,11 +4,13 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -20,9 +22,11 @@ from safetensors.numpy import load_file
 
 from experiments import align
 from experiments.align_config import AlignConfig
+from experiments.align_fit import host_data
 from tests.tiny import save_policy
 from tests.train.hosts_main import improved
 from tests.train.worlds import CONFIG
+from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import checkpoint, distributed
 from tiltjax.train.distributed import Hosts, fetch, gather_rows, global_batch, host_rows, initialize, share
@@ -31,10 +35,12 @@ from tiltjax.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 8
-SETTINGS = {"reward": "length?target=3", "beta": 0.2, "num_candidates": 2, "num_prompts": 9, "num_eval_prompts": 3,
+# More prompts than slots on every device, and no device with as many as another.
+SETTINGS = {"reward": "length?target=3", "beta": 0.2, "num_candidates": 2, "num_prompts": 18, "num_eval_prompts": 18,
             "max_tokens": 4, "steps": STEPS, "checkpoint_every": 2, "batch_size": 8, "sample_batch": 8,
-            "learning_rate": 0.01, "lora_rank": 0, "compute_dtype": "float32",
-            "mesh": "data:2,fsdp:2,tensor:2"}  # fmt: skip
+            "learning_rate": 0.01, "lora_rank": 0, "compute_dtype": "float32", "mesh": "data:4,fsdp:2"}  # fmt: skip
+SILENCE, GRACE = 30, 10
+"""Seconds after which a host is taken for dead, and those that the others then have to come down."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def settings(tmp_path_factory):
     home = tmp_path_factory.mktemp("hosts")
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(CONFIG.vocab_size - 2))]
     save_policy(home / "policy", words, CONFIG)
-    rows = [{"prompt": " ".join(words[2 + i : 5 + i - i % 3])} for i in range(12)]
+    rows = [{"prompt": " ".join(words[2 + i % 27 : 5 + i % 27 - i % 4 % 3])} for i in range(36)]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"policy": f"{home}/policy", "prompts": f"{home}/prompts.jsonl"} | SETTINGS
 
@@ -58,8 +64,8 @@ def alone(settings, tmp_path_factory):
     return directory
 
 
-def start_hosts(settings, directory, module="experiments.align"):
-    """Two processes of one run."""
+def start_hosts(flags, directory, module="experiments.align", silence=SILENCE):
+    """Two processes of one run, and where they write what they say."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -69,9 +75,8 @@ def start_hosts(settings, directory, module="experiments.align"):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
-    shared = [f"--coordinator=localhost:{port}", "--num_processes=2", "--heartbeat_timeout=30"]
-    command = [sys.executable, "-m", module, f"--output={directory}", "--resume", *arguments, *shared]
+    shared = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--heartbeat_timeout={silence}"]
+    command = [sys.executable, "-m", module, *flags, *shared]
     logs = [directory.parent / f"{directory.name}.{i}.{time.monotonic_ns()}" for i in (0, 1)]
     processes = []
     for i, log in enumerate(logs):
@@ -82,11 +87,16 @@ def start_hosts(settings, directory, module="experiments.align"):
     return processes, logs
 
 
+def flags_of(settings, directory):
+    """Of a run that goes on with what lies there."""
+    return [f"--output={directory}", "--resume", *(f"--{name}={value}" for name, value in settings.items())]
+
+
 @pytest.fixture(scope="module")
 def killed(settings, tmp_path_factory):
     """A run whose second process is killed while it fits: how the first one ended, and what it said and left."""
     directory = tmp_path_factory.mktemp("killed") / "run"
-    processes, logs = start_hosts(settings, directory)
+    processes, logs = start_hosts(flags_of(settings, directory), directory)
     sight, deadline = directory / "checkpoints" / "2", time.monotonic() + 300
     while not sight.exists() and time.monotonic() < deadline and all(p.poll() is None for p in processes):
         time.sleep(0.001)
@@ -105,21 +115,27 @@ def killed(settings, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def resumed(settings, killed):
-    """The same run, gone on by two new processes, which then improve the policy by a record."""
-    processes, logs = start_hosts(settings, killed["directory"], module="tests.train.hosts_main")
+def resumed(settings, alone, killed):
+    """The same run, gone on by two new processes, which then improve the policy by a record and take a run over."""
+    directory = killed["directory"]
+    taken_over = directory.with_name(f"{directory.name}-taken-over")
+    begun = f"checkpoints/{STEPS - 2}"
+    shutil.copytree(alone / begun, taken_over / begun)
+    shutil.copytree(alone / "candidates", taken_over / "candidates")
+    flags = flags_of(settings, directory)
+    processes, logs = start_hosts(flags, directory, module="tests.train.hosts_main")
     try:
         statuses = [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert statuses == [0, 0], [log.read_text() for log in logs]
-    return {"directory": killed["directory"], "logs": [log.read_text() for log in logs]}
+    return {"directory": directory, "taken over": taken_over, "logs": [log.read_text() for log in logs]}
 
 
 def test_a_killed_host_ends_the_other_in_time_and_with_a_message(killed):
     assert killed["status"] == distributed.LOST, killed["log"]
-    assert killed["seconds"] < 60
+    assert killed["seconds"] < SILENCE + GRACE
     line = killed["log"].splitlines()[-1]
     assert line.startswith("error: process 0 of 2 cannot go on, another was probably lost (")
     assert line.endswith("start all of them again with --resume to go on from the last checkpoint")
@@ -156,6 +172,68 @@ def test_a_record_improves_the_policy_of_two_processes_as_that_of_one(alone, res
     assert [(line["step"], line["off_policy"]) for line in lines] == [(0, 0), (1, 0)]
     assert abs(lines[0]["kl_k1"]) < 1e-6
     assert checkpoint.latest(theirs / "checkpoints") == 2
+
+
+def test_two_processes_work_through_one_queue(resumed):
+    """On a mesh without tensor each device draws from its own share; `test_two_processes_end_where_one_does` compares.
+
+    Three prompts on two groups of one slot: candidates and prompts wait for their turn.
+    """
+    for log in resumed["logs"]:
+        assert "queue: 3 prompts, 2 candidates each, on 2 groups of 1" in log
+
+
+def test_two_processes_go_on_with_the_run_of_one(alone, resumed):
+    directory = resumed["taken over"]
+    weights = [load_file(path / "hf" / "model.safetensors") for path in (alone, directory)]
+    chex.assert_trees_all_close(*weights, atol=1e-5, rtol=0)
+    lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (alone, directory)]
+    assert [json.loads(line)["step"] for line in lines[1]] == [STEPS - 2, STEPS - 1]
+    np.testing.assert_allclose(*(numbers("\n".join(some[-2:])) for some in lines), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def gone(tmp_path_factory):
+    """Hosts that lose another, in pairs that run at once: how the one that is left ended, when, and what it said."""
+    home, silence = tmp_path_factory.mktemp("gone"), 8
+    cases = {"coordinator killed": (0, signal.SIGKILL), "coordinator silent": (0, signal.SIGSTOP),
+             "other silent": (1, signal.SIGSTOP)}  # fmt: skip
+    pairs = {
+        name: start_hosts([], home / name.replace(" ", "-"), module="tests.train.hosts_talk", silence=silence)
+        for name in cases
+    }
+    ends = {}
+    try:
+        deadline = time.monotonic() + 120
+        while not all("talking" in log.read_text() for _, logs in pairs.values() for log in logs):
+            assert time.monotonic() < deadline, [log.read_text() for _, logs in pairs.values() for log in logs]
+            time.sleep(0.05)
+        began = time.monotonic()
+        for name, (victim, how) in cases.items():
+            pairs[name][0][victim].send_signal(how)
+        while len(ends) < len(cases) and time.monotonic() < began + silence + 3 * GRACE:
+            for name, (victim, _) in cases.items():
+                status = pairs[name][0][1 - victim].poll()
+                if status is not None:
+                    ends.setdefault(name, {"status": status, "seconds": time.monotonic() - began - silence})
+            time.sleep(0.05)
+    finally:
+        for processes, _ in pairs.values():
+            for process in processes:
+                process.kill()
+                process.wait()
+    return {name: end | {"log": pairs[name][1][1 - cases[name][0]].read_text()} for name, end in ends.items()}
+
+
+@pytest.mark.parametrize("name", ["coordinator killed", "coordinator silent", "other silent"])
+def test_whoever_is_gone_the_other_ends_in_time_and_says_so(gone, name):
+    """Whether Gloo or the coordinator of JAX is first to notice, and so whose message and status it is, may differ."""
+    end = gone[name]
+    assert end["seconds"] < GRACE
+    messages = {distributed.LOST: "cannot go on, another was probably lost",
+                -signal.SIGABRT: "the JAX distributed service detected fatal errors"}  # fmt: skip
+    assert end["status"] in messages, end["log"]
+    assert messages[end["status"]] in end["log"]
 
 
 def test_only_the_first_process_reports(resumed):
@@ -210,6 +288,29 @@ def test_one_process_has_every_row():
     assert (distributed.agree(True), distributed.agree(5)) == (1, 5)
     assert distributed.replicate(batch) is batch
     assert distributed.localize(batch) is batch
+
+
+def test_a_host_builds_its_own_rows_of_a_batch_only(monkeypatch):
+    """The shares of two hosts are the batch of one, and of the data each touches only those."""
+    rows, touched = np.arange(60.0).reshape(20, 3), []
+
+    class Watched:
+        def __getitem__(self, which):
+            touched.extend(which.tolist())
+            return rows[which]
+
+    config = SimpleNamespace(batch_size=8, steps=5, pack=False)
+    world, order = SimpleNamespace(config=config, mesh=make_mesh("data:4,fsdp:2")), epoch_batches(20, 8, seed=1)
+    parts, (whole, size) = [], host_data(world, rows, order)
+    for mine in (np.arange(4), np.arange(4, 8)):
+        monkeypatch.setattr(distributed, "host_rows", lambda place, num: mine)  # noqa: B023
+        share, touched[:] = host_data(world, Watched(), order)[0], []
+        parts.append([share[step] for step in range(5)])
+        assert touched == np.concatenate([order(step)[mine] for step in range(5)]).tolist()
+    assert size == 8
+    for step in range(5):
+        np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), whole[step])
+        np.testing.assert_array_equal(whole[step], rows[order(step)])
 
 
 def test_shares_cover_all_rows_in_order(monkeypatch):
