@@ -3,17 +3,15 @@
 import dataclasses
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 from typing import Any
 
 from benchmarks.cases import SHAPES, Case
+from benchmarks.harness import ROOT
 
-__all__ = ["PEERS", "ROOT", "Job", "start"]
-
-ROOT = pathlib.Path(__file__).parents[1]
+__all__ = ["PEERS", "Job", "start"]
 
 PEERS = {"trl": "benchmarks.peers.trl_worker", "tunix": "benchmarks.peers.tunix_worker"}
 """Module of each peer's worker; its interpreter is ``.venv.<name>/bin/python``."""

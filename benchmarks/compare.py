@@ -8,9 +8,9 @@
 Every measurement is a process of its own: one call to warm up, then at most three timed ones within 40 seconds. Cases
 come one after the other, and within a case the libraries take turns, so that a slow hour slows all of them. First come
 the cases with a goal, each by the peers' usually fastest settings; then tiltjax alone (other cases, the mini shape,
-compile and import time); then the peers' other settings and their first ones again, with tiltjax once more in between.
-What does not fit into the time that is left waits for ``--resume``, which goes on with the last run of the same code. A
-peer whose environment is missing is left out.
+import and compile time, profiles); then the peers' other settings and their first ones again, with tiltjax once more in
+between. What does not fit into the time that is left waits for ``--resume``, which goes on with the last run of the
+same code. A peer whose environment is missing is left out.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from typing import Any
 
 from benchmarks import harness, report
 from benchmarks.cases import CASES, SHAPES, Case
-from benchmarks.children import PEERS, ROOT, Job, start
+from benchmarks.children import PEERS, Job, start
+from benchmarks.harness import ROOT
 
 __all__ = ["main", "plan", "unfinished"]
 
-_ALONE = {"imports": 90.0, "compile": 110.0}
+_ALONE = {"imports": 90.0, "compile": 110.0, "profile": 240.0}
 """Modules that run as they are, with a guess of their seconds."""
 
 _DTYPES = {"trl": ("bfloat16", "float32", "autocast"), "tunix": ("float32", "bfloat16")}
@@ -122,8 +123,11 @@ def work(jobs: Sequence[Job | str], *, run: str, shape: str, until: float) -> li
 def _alone(module: str, run: str, shape: str, limit: float) -> str:
     """Runs a module as it is; returns why it failed, if it did."""
     command = [sys.executable, "-m", f"benchmarks.{module}", f"--run={run}"]
-    few = [f"--shape={shape}", "--cases=sft_8x128,generate_16", "--limit=60"]
-    command += few if module == "compile" else ["--repeats=2"]
+    command += {
+        "imports": ["--repeats=2"],
+        "compile": [f"--shape={shape}", "--cases=sft_8x128,generate_16", "--limit=60"],
+        "profile": [f"--shape={shape}", "--repeats=1"],
+    }[module]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _, err = process.communicate(timeout=limit)

@@ -32,6 +32,7 @@ from benchmarks.cases import SHAPES, Case
 
 __all__ = [
     "RESULTS",
+    "ROOT",
     "Options",
     "Stopwatch",
     "age",
@@ -52,7 +53,7 @@ __all__ = [
 RESULTS = pathlib.Path(__file__).parent / "results"
 """Where results go; the environment variable ``TILTJAX_BENCH_RESULTS`` says otherwise."""
 
-_ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[1]
 _TUNABLE = "GLIBC_TUNABLES"
 _PACKAGES = ("flax", "google-tunix", "jax", "jaxlib", "numpy", "optax", "torch", "transformers", "trl")
 
@@ -78,11 +79,18 @@ class Options:
     run: str
 
 
-def options(argv: Sequence[str] | None, module: str, cases: Sequence[Case], *, dtypes: tuple[str, ...]) -> Options:
-    """Reads the command line of a benchmark; the first of ``dtypes`` is the default."""
+def options(
+    argv: Sequence[str] | None,
+    module: str,
+    cases: Sequence[Case],
+    *,
+    dtypes: tuple[str, ...],
+    default: Sequence[str] = (),
+) -> Options:
+    """Reads the command line of a benchmark; the first of ``dtypes`` is the default, and all cases if none are."""
     known = {case.name: case for case in cases}
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}")
-    parser.add_argument("--cases", default=",".join(known), help="names, comma-separated")
+    parser.add_argument("--cases", default=",".join(default or known), help=f"comma-separated, of {', '.join(known)}")
     parser.add_argument("--shape", default="135m", choices=SHAPES)
     parser.add_argument("--dtype", default=dtypes[0], choices=dtypes)
     parser.add_argument("--repeats", type=int, default=3, help="most timed calls of a case")
@@ -211,7 +219,10 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     text = pathlib.Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    model = next((line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line), "unknown")
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    model = told.get("model name", "unknown")
+    # A cloud's machines of several generations go by one name.
+    model += f" (family {told['cpu family']}, model {told['model']})" if "cpu family" in told else ""
     units = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
     machine = {
         "cpu": model,
@@ -233,7 +244,7 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -327,6 +338,7 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     dtypes: tuple[str, ...],
+    default: Sequence[str] = (),
 ) -> None:
     """The body of a benchmark: one case in this process, several in a child process each.
 
@@ -336,16 +348,17 @@ def main(
       cases: Those it knows.
       argv: Command line; None means that of the process.
       dtypes: What ``--dtype`` may be, the default first.
+      default: Names of the cases that run if none are named; all where it is empty.
     """
-    given = options(argv, program, cases, dtypes=dtypes)
+    given = options(argv, program, cases, dtypes=dtypes, default=default)
     if len(given.cases) == 1:
-        emit(given.cases[0].module, one(given.cases[0], given))
+        emit(program, one(given.cases[0], given))
         return
     failed = []
     for case in given.cases:
         command = [sys.executable, "-m", f"benchmarks.{program}", f"--cases={case.name}"]
         command += [f"--{name}={getattr(given, name)}" for name in ("shape", "dtype", "repeats", "budget", "run")]
-        if subprocess.run(command, cwd=_ROOT).returncode:
+        if subprocess.run(command, cwd=ROOT).returncode:
             failed.append(case.name)
     if failed:
         sys.exit(f"error: failed: {', '.join(failed)}")

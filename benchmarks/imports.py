@@ -14,7 +14,8 @@ import sys
 import time
 
 from benchmarks import harness
-from benchmarks.children import PEERS, ROOT
+from benchmarks.children import PEERS
+from benchmarks.harness import ROOT
 
 __all__ = ["STATEMENTS", "main"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.cases import CASES, Case
 
-__all__ = ["ratio", "write"]
+__all__ = ["by_functions", "by_lines", "ratio", "write"]
 
 Row = dict[str, Any]
 
@@ -48,6 +48,7 @@ def write(rows: Sequence[Row], path: str | os.PathLike, *, shape: str) -> str:
         "work: useful GFLOP, with a prompt computed once (tiltjax) or for every completion (peers); share: that work "
         "per second over a plain matrix product of 2048 x 2048 in the same process with operands of the same type.",
         _settings(timed),
+        *_profiles(rows, shape),
         *_rest(rows, shape),
         "## On a GPU",
         _gpu(gpu),
@@ -181,6 +182,61 @@ def _setting(case: Case, name: str, rows: list[Row]) -> list[str]:
         f"{middle('gemm_share'):.0%}",
         f"{_peak(rows):.2f}",
     ]
+
+
+def _profiles(rows: Sequence[Row], shape: str) -> list[str]:
+    """Where tiltjax's time goes, case by case."""
+    found = [row for row in rows if row.get("measure") == "profile" and row["shape"] == shape]
+    if not found:
+        return []
+    texts = {case.name: case.text for case in CASES}
+    sections = ["## Where the time goes", _PROFILES]
+    for row in sorted(found, key=lambda row: list(texts).index(row["case"])):
+        seconds = f"{row['seconds']:.2f} s, {row['traced_seconds']:.2f} s traced"
+        idle = 1 - sum(one["share"] for one in row["functions"])
+        told = f"{seconds}; nobody worked in {idle:.1%} of the time of all threads; yardstick {row['yardstick']:,.0f}."
+        sections += [f"### {texts[row['case']]}", told, by_functions(row)]
+    return sections
+
+
+_PROFILES = (
+    "`python -m benchmarks.profile`: one call of each case, traced; XLA's operations summed by the function of the "
+    "library that asked for them, those of a percent or more (by line of the source: what the command prints, and "
+    "`benchmarks/results/profile.jsonl`). Share: of the time of all threads; alone: the part of it in which no other "
+    "thread worked; GFLOP/s: of a thread at products of matrices, to be held to the yardstick, a product of 2048 x "
+    "2048. What XLA fuses counts for its last operation; tracing lengthens what consists of many short ones."
+)
+
+
+def by_functions(row: Row) -> str:
+    """The functions of a profile as a table in Markdown, those of a percent or more."""
+
+    def name(one: Row) -> list[str]:
+        return [one["phase"], f"`{one['function']}`{', products' if one['product'] else ''}"]
+
+    return _worked(["phase", "function"], [(name(one), one) for one in row["functions"] if one["share"] >= 0.01])
+
+
+def by_lines(row: Row, most: int = 15) -> str:
+    """The lines of a profile that take most, as a table in Markdown."""
+
+    def name(one: Row) -> list[str]:
+        text = one["text"].replace("|", "\\|")
+        return [one["phase"], one["line"], f"`{text}`"]
+
+    return _worked(["phase", "line", "source"], [(name(one), one) for one in row["lines"][:most]])
+
+
+def _worked(head: list[str], rows: Iterable[tuple[list[str], Row]]) -> str:
+    body = [
+        [*name, f"{one['share']:.1%}", f"{one['alone']:.1%}", _speed(one["gflops"]), f"{one['runs']:,}"]
+        for name, one in rows
+    ]
+    return _table([*head, "share", "alone", "GFLOP/s", "operations"], body)
+
+
+def _speed(gflops: float) -> str:
+    return f"{gflops:,.0f}" if gflops else "-"
 
 
 def _rest(rows: Sequence[Row], shape: str) -> list[str]:

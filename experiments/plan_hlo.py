@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-__all__ = ["Collective", "Counts", "Instruction", "count", "parse", "replica_groups", "shape_bytes"]
+__all__ = ["Collective", "Counts", "Instruction", "count", "flops_of", "parse", "replica_groups", "shape_bytes"]
 
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -181,9 +181,7 @@ def _visit(computations, name, times, mesh, counts, fused=False):
             if one.opcode == "convolution":
                 counts.opaque.append(one.name)
                 continue
-            dims = _dims(_SHAPE.findall(inside[one.operands[0]].shape)[0][1])
-            inner = math.prod(dims[i] for i in one.sizes("lhs_contracting_dims"))
-            counts.flops += 2.0 * times * inner * math.prod(_dims(_SHAPE.findall(one.shape)[0][1]))
+            counts.flops += times * _dot_flops(one, inside)
             operands = sum(shape_bytes(inside[o].shape) for o in one.operands)
             counts.product_traffic += times * (operands + shape_bytes(one.shape))
         elif one.opcode == "custom-call" and re.search("matmul|gemm|dot|conv", one.attributes):
@@ -196,6 +194,20 @@ def _visit(computations, name, times, mesh, counts, fused=False):
 
 
 _BRANCHES = ("true", "false")
+
+
+def flops_of(one: Instruction, inside: Computation, computations: dict[str, Computation]) -> float:
+    """Of the matrix products of one instruction, alone or fused, 2 per multiply-add; 0 for what only runs others."""
+    if one.opcode == "fusion":
+        body = computations[one.called("calls")]
+        return sum(flops_of(part, body, computations) for part in body.values())
+    return _dot_flops(one, inside) if one.opcode == "dot" else 0.0
+
+
+def _dot_flops(one: Instruction, inside: Computation) -> float:
+    dims = _dims(_SHAPE.findall(inside[one.operands[0]].shape)[0][1])
+    inner = math.prod(dims[i] for i in one.sizes("lhs_contracting_dims"))
+    return 2.0 * inner * math.prod(_dims(_SHAPE.findall(one.shape)[0][1]))
 
 
 def _collective(one: Instruction, kind: str, inside: Computation, times: int, mesh: dict[str, int]) -> Collective:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import children, compare, gpu, harness, report, workload
+from benchmarks import children, compare, gpu, harness, profile, report, trace, workload
 from benchmarks.cases import CASES, SHAPES, case_named
 
 
@@ -133,7 +133,7 @@ def test_a_run_goes_on_where_it_stopped():
     failed = {"measure": "failure", "library": "trl", "case": "sft_8x128", "shape": "135m", "dtype": "bfloat16"}
     assert len(compare.unfinished(jobs, [failed])) == len(jobs) - 1
     assert compare.unfinished(jobs, [failed], retry=True) == jobs
-    whole = [fake_row(job, [1.0], 1.0) for job in timed] + [{"measure": "compile"}, {"measure": "imports"}]
+    whole = [fake_row(job, [1.0], 1.0) for job in timed] + [{"measure": name} for name in compare._ALONE]
     assert compare.unfinished(jobs, whole) == []
     assert not [j for j in compare.plan("135m", cases, []) if not isinstance(j, str) and j.library != "tiltjax"]
 
@@ -184,3 +184,60 @@ def test_the_gpu_benchmark_runs_here_at_a_tiny_size(results):
     attention = 3 * c.num_layers * 4 * c.num_heads * c.head_dim * 4 * tokens
     assert rows[0]["gflop"] * 1e9 == pytest.approx(blocks + attention + 6 * c.features * c.vocab_size * 8, rel=0.02)
     assert len((results / "gpu.jsonl").read_text().splitlines()) == 5
+
+
+def stretch(start, end, name, thread="a"):
+    return trace.Work(start, end, thread, "m", name)
+
+
+def test_a_threads_time_goes_to_the_innermost_operation():
+    found = [(0, 100, ("m", "loop"), None), (10, 30, ("m", "dot"), None), (20, 25, None, None), (40, 60, None, 7)]
+    told = [(start, end, key or task) for start, end, key, task in trace._innermost(found)]
+    loop, dot = ("m", "loop"), ("m", "dot")
+    expected = [(0, 10, loop), (10, 20, dot), (20, 25, None), (25, 30, dot), (30, 40, loop), (40, 60, 7)]
+    assert told == [*expected, (60, 100, loop)]
+
+
+def test_sums_say_who_worked_alone():
+    place = trace.Place("step", "f", "f.py:1", 6.0, False)
+    known = {("m", "dot"): place, ("m", "add"): dataclasses.replace(place, function="g", flops=0.0)}
+    known["m", "loop"] = dataclasses.replace(place, container=True)
+    seconds = 10**9
+    work = [stretch(0, 4 * seconds, "dot"), stretch(3 * seconds, 5 * seconds, "add", "b"), stretch(0, 1, "loop", "c")]
+    found = trace.sums(trace.Trace({("m", "dot"): 2, ("m", "add"): 1}, work), known, lambda place: place.function)
+    assert found == {"f": trace.Sum(4.0, 3.0, 12.0, 2), "g": trace.Sum(2.0, 1.0, 0.0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("case", "phases"), [("best_of_64_long", {"prompt", "step"}), ("dpo_64_64_in_step", {"forward", "gradient"})]
+)
+def test_a_profile_finds_every_product_and_who_asked_for_it(case, phases):
+    one = case_named(case).shrunk()
+    call = workload.prepare(one, "tiny", "float32")
+    call()
+    _, found, known = profile.profile(call)
+    products = {
+        key: total for key, total in trace.sums(found, known, lambda p: (p.phase, p.function)).items() if total.flops
+    }
+    assert {(phase, name) for phase in phases for name in ("Block.project", "Block.finish", "attention")} <= set(
+        products
+    )
+    assert not [name for _, name in products if name == "unknown"]
+    # What the case cannot do without; recomputation, masked scores and padding come on top.
+    needed = one.flops(SHAPES["tiny"])
+    assert needed < sum(total.flops for total in products.values()) < 2 * needed
+
+
+def test_a_profile_is_kept_and_shown(results, capsys):
+    profile.main(["--cases=sft_8x128", "--shape=tiny", "--dtype=float32", "--repeats=1", "--run=r"])
+    (row,) = harness.rows("r")
+    assert (row["measure"], row["case"], row["file"]) == ("profile", "sft_8x128", "profile")
+    assert 0 < sum(one["share"] for one in row["functions"]) <= 1
+    assert all(0 <= one["alone"] <= one["share"] for one in row["functions"])
+    assert any(one["line"].startswith("tiltjax/models/") and one["text"] for one in row["lines"])
+    shown = capsys.readouterr().out
+    assert report.by_functions(row) in shown
+    assert report.by_lines(row) in shown
+    timed = fake_row(children.Job("tiltjax", case_named("sft_8x128"), "tiny", "auto"), [1.0], 1.0)
+    report.write([timed, row], results / "page.md", shape="tiny")
+    assert report.by_functions(row) in (results / "page.md").read_text()

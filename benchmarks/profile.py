@@ -1,0 +1,116 @@
+"""Where the time of a case goes: one call is traced, and XLA's operations are summed by the code that asked for them.
+
+    python -m benchmarks.profile                          # every case with a goal, each in a process of its own
+    python -m benchmarks.profile --cases=best_of_64_long
+
+``share`` is of the time of all threads, ``alone`` the part of it in which no other thread worked, ``GFLOP/s`` the speed
+of a thread at products of matrices; what is missing to 100 % nobody worked. What XLA has fused counts for the line of
+its last operation. A row per case goes to ``benchmarks/results/profile.jsonl``, and into docs/performance.md with the
+run that it belongs to.
+"""
+
+import linecache
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.cases import CASES, Case
+from benchmarks.report import by_functions, by_lines
+
+if __name__ == "__main__":
+    harness.huge_pages()
+
+import jax
+
+from benchmarks import trace, workload
+
+__all__ = ["main", "profile", "run"]
+
+_KEPT = 60
+"""Functions and lines of a row, those that take most."""
+
+
+def profile(call: Callable[[], Any]) -> tuple[float, trace.Trace, trace.Places]:
+    """Traces one call of what has been warmed up.
+
+    Args:
+      call: Does the work and waits for it.
+
+    Returns:
+      Its seconds, the trace, and the places of all operations of the programs that ran.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            start = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - start
+        found = trace.read(folder)
+    ran = {module for module, _ in found.runs}
+    programs = [one for loaded in jax.devices()[0].client.live_executables() for one in loaded.hlo_modules()]
+    known = [trace.places(one.name, one.to_string()) for one in programs if one.name in ran]
+    return seconds, found, {key: place for places in known for key, place in places.items()}
+
+
+def run(case: Case, given: harness.Options) -> dict[str, Any]:
+    """Profiles a case, prints its tables and returns its row.
+
+    It compiles anew: a program from the cache on disk may have been compiled from other lines.
+    """
+    call = workload.prepare(case, given.shape, given.dtype)
+    watch = harness.measure(call, repeats=given.repeats, budget=given.budget, compiles=True)
+    seconds, found, known = profile(call)
+    threads = len(os.sched_getaffinity(0))
+    time_of_all = seconds * threads
+    by_function = trace.sums(found, known, lambda place: (place.phase, place.function, bool(place.flops)))
+    by_line = trace.sums(found, known, lambda place: (place.phase, place.line))
+    functions = [
+        {"phase": p, "function": f, "product": m, **_told(s, time_of_all)} for (p, f, m), s in by_function.items()
+    ]
+    lines = [{"phase": p, "line": f, "text": _text(f), **_told(s, time_of_all)} for (p, f), s in by_line.items()]
+    size = 2048 if given.shape != "tiny" else 64
+    yardstick = harness.gemm_gflops(*workload.multiply(given.dtype, size)) / threads
+    row = {
+        "measure": "profile",
+        "case": case.name,
+        "shape": given.shape,
+        "library": "tiltjax",
+        "dtype": given.dtype,
+        "run": given.run,
+        "seconds": round(statistics.median(lap[0] for lap in watch.laps[1:] or watch.laps), 4),
+        "traced_seconds": round(seconds, 4),
+        "functions": sorted(functions, key=lambda one: -one["share"])[:_KEPT],
+        "lines": sorted(lines, key=lambda one: -one["share"])[:_KEPT],
+        "yardstick": round(yardstick, 1),
+    }
+    print(f"\n{case.text}: {row['seconds']:.2f} s, {seconds:.2f} s traced\n\n{by_functions(row)}\n\n{by_lines(row)}\n")
+    return row
+
+
+def _told(one: trace.Sum, seconds: float) -> dict[str, Any]:
+    return {
+        "share": round(one.seconds / seconds, 4),
+        "alone": round(one.alone / seconds, 4),
+        "gflops": round(one.flops / one.seconds / 1e9, 1) if one.seconds else 0.0,
+        "runs": one.runs,
+    }
+
+
+def _text(line: str) -> str:
+    """The source at ``file:line``."""
+    file, _, number = line.rpartition(":")
+    return linecache.getline(str(harness.ROOT / file), int(number)).strip()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Profiles the cases that the command line names."""
+    harness.main("profile", run, CASES, argv, dtypes=workload.DTYPES, default=[c.name for c in CASES if c.goal])
+
+
+if __name__ == "__main__":
+    main()
