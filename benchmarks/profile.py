@@ -52,7 +52,7 @@ def profile(call: Callable[[], Any]) -> tuple[float, trace.Trace, trace.Places]:
             seconds = time.perf_counter() - start
         found = trace.read(folder)
     ran = {module for module, _ in found.runs}
-    programs = [one for loaded in jax.devices()[0].client.live_executables() for one in loaded.hlo_modules()]
+    programs = [one for loaded in workload.programs() for one in loaded.hlo_modules()]
     known = [trace.places(one.name, one.to_string()) for one in programs if one.name in ran]
     return seconds, found, {key: place for places in known for key, place in places.items()}
 

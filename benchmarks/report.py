@@ -40,8 +40,10 @@ def write(rows: Sequence[Row], path: str | os.PathLike, *, shape: str) -> str:
         goals,
         "## Peak memory",
         "GB of resident memory of the whole process, in the same runs. Goal: at most half of TRL's where completions "
-        "share a prompt, never more than TRL's; judged against TRL's fastest setting, its leanest beside.",
+        "share a prompt, never more than TRL's; judged by the largest of tiltjax's processes against TRL's fastest "
+        "setting, its leanest beside; `cached`: the largest of those that found their program in the cache on disk.",
         _memory(timed),
+        *_parts(timed),
         "## Every setting",
         "Seconds: median [least, most] over all timed calls; CPU: process CPU seconds of a call, which neighbours move "
         "less; others: cores that other processes used meanwhile (figures above 0.2 are not those of a quiet machine); "
@@ -146,12 +148,37 @@ def _memory(rows: Sequence[Row]) -> str:
         tunix = _pick(rows, case=case.name, library="tunix")
         goal = 0.5 if case.N > 1 and case.S > 1 else 1.0
         share = _peak(mine) / peaks[fastest]
-        cells = [case.text, f"{_peak(mine):.2f}", f"{peaks[fastest]:.2f} ({fastest})", f"{share:.2f}"]
+        cached = [row for row in mine if row.get("cached")]
+        cells = [case.text, f"{_peak(mine):.2f}", f"{_peak(cached):.2f}" if cached else "-"]
+        cells += [f"{peaks[fastest]:.2f} ({fastest})", f"{share:.2f}"]
         cells += [f"{peaks[leanest]:.2f} ({leanest})", f"{_peak(mine) / peaks[leanest]:.2f}"]
         cells += [f"{min(row['peak_gb'] for row in tunix):.2f}" if tunix else "-", f"{goal:g}"]
         body.append([*cells, "met" if share <= goal else "**missed**"])
-    head = ["work", "tiltjax", "TRL, fastest", "share", "TRL, leanest", "share", "Tunix", "goal", "verdict"]
+    head = ["work", "tiltjax", "cached", "TRL, fastest", "share", "TRL, leanest", "share", "Tunix", "goal", "verdict"]
     return _table(head, body) if body else "No peer was measured."
+
+
+def _parts(rows: Sequence[Row]) -> list[str]:
+    """What the peak of tiltjax's processes consists of."""
+    body = []
+    for case in CASES:
+        mine = [row for row in _pick(rows, case=case.name, library="tiltjax") if "program_gb" in row]
+        for cached in (False, True):
+            if found := [row for row in mine if row["cached"] == cached]:
+                top = max(found, key=lambda row: row["peak_gb"])
+                known = [top[name] for name in ("libraries_gb", "arrays_gb", "program_gb")]
+                rest = top["peak_gb"] - sum(known)
+                state = "from the cache" if cached else "compiled"
+                body.append([case.text, state, *(f"{x:.2f}" for x in (top["peak_gb"], *known, rest))])
+    if not body:
+        return []
+    text = (
+        "What tiltjax's consist of: interpreter and libraries; arrays between two calls (parameters, optimizer, data); "
+        "temporaries of the largest program (gradients, activations, caches), by XLA's own count; the rest is the "
+        "compiler's, the allocator's and what the peak did not need at once (then it is negative)."
+    )
+    head = ["work", "program", "peak", "libraries", "arrays", "temporaries", "rest"]
+    return [text, _table(head, body)]
 
 
 def _peak(rows: Iterable[Row]) -> float:

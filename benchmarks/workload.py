@@ -29,7 +29,7 @@ from tiltjax.train.state import TrainState, init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Array, Int, Params, PRNGKey
 
-__all__ = ["DTYPES", "Compiling", "batch_of", "model_of", "multiply", "prepare", "run"]
+__all__ = ["DTYPES", "Compiling", "batch_of", "model_of", "multiply", "prepare", "programs", "run"]
 
 DTYPES = ("auto", "bfloat16", "float32")
 """Operands of the matrix products; "auto" is what this machine has units for, as in `experiments.align`."""
@@ -177,27 +177,45 @@ _STAGES = {
 }
 
 
+_MISS = "/jax/compilation_cache/cache_misses"
+
+
 class Compiling:
-    """Seconds that JAX has spent tracing, lowering and compiling since this was made, by stage."""
+    """Seconds that JAX has spent tracing, lowering and compiling since this was made, by stage.
+
+    ``missed`` counts the programs that the cache on disk did not have.
+    """
 
     def __init__(self):
         self.seconds = dict.fromkeys(_STAGES.values(), 0.0)
+        self.missed = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
+        jax.monitoring.register_event_listener(self._count)
+
+    def _count(self, event: str, **kwargs: str | int) -> None:
+        self.missed += event == _MISS
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event in _STAGES:
             self.seconds[_STAGES[event]] += duration_secs
 
 
+def programs() -> list[Any]:
+    """Every compiled program of this process, as JAX's client has it."""
+    return jax.devices()[0].client.live_executables()
+
+
 def run(case: Case, given: harness.Options) -> dict[str, Any]:
     """Times a case and returns its row."""
-    imported = harness.age()
+    imported, libraries = harness.age(), harness.peak_memory()
     compilation_cache()
     return_memory_after_compiling()
     compiling = Compiling()
     call = prepare(case, given.shape, given.dtype)
-    before = harness.peak_memory()
+    before, missed = harness.peak_memory(), compiling.missed
     watch = harness.measure(call, repeats=given.repeats, budget=given.budget, compiles=True)
+    arrays = sum(array.nbytes for array in jax.live_arrays())
+    program = max(loaded.get_compiled_memory_stats().temp_size_in_bytes for loaded in programs())
     given = dataclasses.replace(given, dtype=fast_dtype() if given.dtype == "auto" else given.dtype)
     stages = {f"{name}_seconds": round(seconds, 3) for name, seconds in compiling.seconds.items()}
     return harness.report(
@@ -208,6 +226,10 @@ def run(case: Case, given: harness.Options) -> dict[str, Any]:
         shared=True,
         multiply=multiply(given.dtype, 2048 if given.shape != "tiny" else 64),
         import_seconds=round(imported, 2),
+        cached=compiling.missed == missed,
+        libraries_gb=round(libraries / 1e9, 3),
         peak_before_gb=round(before / 1e9, 3),
+        arrays_gb=round(arrays / 1e9, 3),
+        program_gb=round(program / 1e9, 3),
         **stages,
     )

@@ -98,6 +98,8 @@ def test_a_module_prints_one_line_and_keeps_it(results, capsys):
     assert {"versions", "machine", "commit", "date", "peak_gb", "cpu_seconds", "gemm_share"} <= set(row)
     assert (row["library"], row["dtype"], len(row["laps"])) == ("tiltjax", "float32", 2)
     assert row["seconds"] == pytest.approx(np.median(row["laps"]), abs=2e-5)
+    assert 0 < row["libraries_gb"] < row["peak_gb"]
+    assert row["program_gb"] >= 0  # Less than a megabyte here.
     with (results / "group.jsonl").open("a") as file:
         file.write('{"case": "cut of')  # A process was killed while it wrote.
     assert [r["case"] for r in harness.rows("r")] == ["group_score"]
@@ -141,12 +143,14 @@ def test_a_run_goes_on_where_it_stopped():
 def test_the_page_holds_figures_to_goals_and_keeps_its_notes(tmp_path):
     sft, pairs = case_named("sft_8x128"), case_named("dpo_64_64_precomputed")
     job = children.Job("tiltjax", sft, "135m", "auto")
+    parts = {"libraries_gb": 0.2, "arrays_gb": 0.3, "program_gb": 0.1}
     rows = [
         fake_row(job, [1.0, 2.0, 3.0], 3.0),
         fake_row(dataclasses.replace(job, library="trl", dtype="float32"), [6.0, 8.0], 2.0),
         fake_row(dataclasses.replace(job, library="trl", dtype="bfloat16"), [4.0, 5.0], 4.0),
         fake_row(dataclasses.replace(job, library="tunix", dtype="float32"), [5.0], 4.0),
-        fake_row(dataclasses.replace(job, case=pairs), [2.0], 1.0),
+        {**fake_row(dataclasses.replace(job, case=pairs), [2.0], 1.0), "cached": False, **parts},
+        {**fake_row(dataclasses.replace(job, case=pairs), [2.0], 0.9), "cached": True, **parts},
         fake_row(dataclasses.replace(job, case=pairs, library="trl", dtype="autocast"), [3.0], 1.5),
     ]
     page = tmp_path / "performance.md"
@@ -154,8 +158,10 @@ def test_the_page_holds_figures_to_goals_and_keeps_its_notes(tmp_path):
     assert "2.00 | 4.50 (bfloat16*) | 2.25 [1.33, 5.00] | 5.00 (float32) | 2.50 [1.67, 5.00] | 1.5 | met |" in goals
     assert "2.00 | 3.00 (autocast*) | 1.50 [1.50, 1.50] | - | - | 2 | **missed** |" in goals
     text = page.read_text()
-    assert "| 3.00 | 4.00 (bfloat16) | 0.75 | 2.00 (float32) | 1.50 | 4.00 | 1 | met |" in text
-    assert "| 1.00 | 1.50 (autocast) | 0.67 | 1.50 (autocast) | 0.67 | - | 0.5 | **missed** |" in text
+    assert "| 3.00 | - | 4.00 (bfloat16) | 0.75 | 2.00 (float32) | 1.50 | 4.00 | 1 | met |" in text
+    assert "| 1.00 | 0.90 | 1.50 (autocast) | 0.67 | 1.50 (autocast) | 0.67 | - | 0.5 | **missed** |" in text
+    assert "| compiled | 1.00 | 0.20 | 0.30 | 0.10 | 0.40 |" in text
+    assert "| from the cache | 0.90 | 0.20 | 0.30 | 0.10 | 0.30 |" in text
     start, end = report._NOTES
     page.write_text(text.replace(f"{start}\n{end}", f"{start}\nWhy it was missed.\n{end}"))
     report.write(rows, page, shape="135m")
