@@ -36,8 +36,11 @@ else:
 PRNGKey = Key[jax.Array, ""]
 """A typed key from `jax.random.key`; first positional argument of every sampler, consumed once."""
 
-AxisName = str | None
-"""A mapped axis (`pmap`, `shard_map`, `vmap`) over which a kernel communicates, or None for one device."""
+AxisName = str | tuple[str, ...] | None
+"""A mapped axis (`pmap`, `shard_map`, `vmap`) over which a kernel communicates, several as one, or None for one device.
+
+What is split over several stands as under ``PartitionSpec(names)``: the last name runs fastest.
+"""
 
 Dtype = jax.typing.DTypeLike
 """Anything `jax.numpy.dtype` accepts."""

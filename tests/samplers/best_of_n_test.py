@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import chex
@@ -6,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import softmax
 
+from tests.grids import mesh_over
 from tiltjax.samplers.best_of_n import best_of_n, init, merge, merge_over, soft_best_of_n, update
 
 REF = np.array([0.30, 0.25, 0.20, 0.15, 0.07, 0.03])
@@ -32,10 +34,6 @@ soft = jax.jit(soft_best_of_n)  # One program for every beta.
 def chi_square(drawn, law):
     expected = law * len(drawn)
     return float((np.square(np.bincount(drawn, minlength=len(law)) - expected) / expected).sum())
-
-
-def mesh():
-    return Mesh(np.array(jax.devices()), ("n",))
 
 
 def stream(key, reward, chunk, **options):
@@ -66,26 +64,24 @@ class BestOfNTest(chex.TestCase):
         where = jnp.asarray([[True, True, True], [False, True, True], [False, False, False], [True, True, True]])
         np.testing.assert_array_equal(best(reward, where), [1, 2, 0, 0])
 
-    @parameterized.parameters("shard_map", "pmap")
-    def test_candidates_over_devices_give_the_global_first(self, how):
+    @parameterized.parameters("n", ("pmap",), (("data", "fsdp"),))
+    def test_candidates_over_devices_give_the_global_first(self, names):
         reward = np.round(ROWS)  # Many ties, on different devices.
         where = WHERE.copy()
         where[0] = False
         expected = np.where(where, reward, -np.inf).argmax(-1)
 
         def call(r, w):
-            return best_of_n(r, where=w, axis_name="n")
+            return best_of_n(r, where=w, axis_name=names)
 
-        if how == "shard_map":
-            spec = PartitionSpec(None, "n")
-            out = jax.jit(jax.shard_map(call, mesh=mesh(), in_specs=(spec, spec), out_specs=PartitionSpec()))(
-                reward, where
-            )
-            np.testing.assert_array_equal(out, expected)
-        else:
+        if names == "pmap":
             parts = [np.moveaxis(x.reshape(64, 8, 2), 1, 0) for x in (reward, where)]
-            out = jax.pmap(call, axis_name="n")(*parts)
+            out = jax.pmap(call, axis_name=names)(*parts)
             np.testing.assert_array_equal(out, np.broadcast_to(expected, (8, 64)))
+        else:
+            spec = PartitionSpec(None, names)
+            over = jax.shard_map(call, mesh=mesh_over(names), in_specs=(spec, spec), out_specs=PartitionSpec())
+            np.testing.assert_array_equal(jax.jit(over)(reward, where), expected)
 
 
 class SoftBestOfNTest(chex.TestCase):
@@ -144,16 +140,19 @@ def test_beta_per_prompt():
 def arrangements():
     """Programs ``(key, reward [512, 32], where, beta) -> index`` over devices and over time."""
 
-    def over(k, r, w, beta):
-        return soft_best_of_n(k, r, beta=beta, where=w, axis_name="n")
+    def over(k, r, w, beta, names="n"):
+        return soft_best_of_n(k, r, beta=beta, where=w, axis_name=names)
 
-    spec, whole = PartitionSpec(None, "n"), PartitionSpec()
+    def mapped(names):
+        spec, whole = PartitionSpec(None, names), PartitionSpec()
+        run = functools.partial(over, names=names)
+        return jax.jit(jax.shard_map(run, mesh=mesh_over(names), in_specs=(whole, spec, spec, whole), out_specs=whole))
 
     def split(x):
         return np.moveaxis(np.reshape(x, (512, 8, 4)), 1, 0)
 
     pmapped = jax.pmap(over, axis_name="n", in_axes=(None, 0, 0, None))
-    sharding = NamedSharding(mesh(), spec)
+    sharding = NamedSharding(mesh_over("n"), PartitionSpec(None, "n"))
 
     def put(x):
         return jax.device_put(x, sharding)
@@ -163,7 +162,8 @@ def arrangements():
         return lambda k, r, w, beta: run(k, np.where(w, r, np.nan), beta)
 
     return {
-        "shard_map": jax.jit(jax.shard_map(over, mesh=mesh(), in_specs=(whole, spec, spec, whole), out_specs=whole)),
+        "shard_map": mapped("n"),
+        "shard_map over two axes": mapped(("data", "fsdp")),
         "first of pmap": lambda k, r, w, beta: pmapped(k, split(r), split(w), beta)[0],
         "last of pmap": lambda k, r, w, beta: pmapped(k, split(r), split(w), beta)[7],
         "sharded jit": lambda k, r, w, beta: soft(k, put(r), beta=beta, where=put(w)),

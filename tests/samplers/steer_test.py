@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from scipy.special import log_softmax
 
+from tests.grids import each_grid, mesh_over
 from tiltjax.ops.schedule import linear_schedule
 from tiltjax.samplers.steer import smc, steered_denoise
 
@@ -124,8 +125,9 @@ def test_the_dead_stay_dead():
         assert dead.any() == (threshold == 0 or below == 100.0)
 
 
-def test_particles_over_eight_devices_are_those_of_one():
-    mesh, whole, split = Mesh(np.array(jax.devices()), ("n",)), PartitionSpec(), PartitionSpec("n")
+@each_grid
+def test_particles_over_eight_devices_are_those_of_one(names):
+    whole, split = PartitionSpec(), PartitionSpec(names)
 
     def run(key, state, axis_name=None):
         out = smc(
@@ -135,7 +137,9 @@ def test_particles_over_eight_devices_are_those_of_one():
         return out.state, out.log_weights, out.log_z, out.ess, out.resampled
 
     out_specs = (split, split, whole, whole, whole)
-    over = jax.shard_map(lambda k, s: run(k, s, "n"), mesh=mesh, in_specs=(whole, split), out_specs=out_specs)
+    over = jax.shard_map(
+        lambda k, s: run(k, s, names), mesh=mesh_over(names), in_specs=(whole, split), out_specs=out_specs
+    )
     key = jax.random.key(5)
     alone, spread = jax.jit(run)(key, start(32)), jax.jit(over)(key, start(32))
     chex.assert_trees_all_equal(alone[0], spread[0])

@@ -10,6 +10,7 @@ from absl.testing import parameterized
 from jax.sharding import Mesh, PartitionSpec
 from scipy.special import logsumexp
 
+from tests.grids import each_grid, mesh_over
 from tiltjax.tilt.partition import (
     RunningPartition,
     delta_log_partition,
@@ -68,20 +69,21 @@ class EstimatorsTest(chex.TestCase):
             np.testing.assert_array_equal(np.asarray(out)[~WHERE], 0)
 
 
+@each_grid
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_candidates_over_eight_devices(name):
+def test_candidates_over_eight_devices(name, names):
+    mesh = mesh_over(names)
     kernel = functools.partial(ESTIMATORS[name], beta=0.3)
     local = name == "leave_one_out"
     dominated = DIRTY.copy()
     dominated[1, np.flatnonzero(WHERE[1])[2]] = 40.0
     tied = dominated.copy()
     tied[1, np.flatnonzero(WHERE[1])[-1]] = 40.0
-    spec = PartitionSpec(None, "n")
-    mesh = Mesh(np.array(jax.devices()), ("n",))
-    mapped = lambda r, w: kernel(r, where=w, axis_name="n")
+    spec = PartitionSpec(None, names)
+    mapped = lambda r, w: kernel(r, where=w, axis_name=names)
     out_specs = spec if local else PartitionSpec()
     sharded = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(spec, spec), out_specs=out_specs))
-    pmapped = jax.pmap(mapped, axis_name="n")
+    pmapped = jax.pmap(mapped, axis_name="n") if names == "n" else None
 
     def split(x):
         return np.asarray(x).reshape(5, 8, 2).swapaxes(0, 1)
@@ -89,6 +91,8 @@ def test_candidates_over_eight_devices(name):
     for reward in (DIRTY, dominated, tied):
         expected = kernel(jnp.asarray(reward), where=jnp.asarray(WHERE))
         np.testing.assert_allclose(sharded(reward, WHERE), expected, rtol=1e-5, atol=1e-6)
+        if pmapped is None:
+            continue
         out = pmapped(split(reward), split(WHERE))
         np.testing.assert_allclose(out, split(expected) if local else np.tile(expected, (8, 1)), rtol=1e-5, atol=1e-6)
 
@@ -218,15 +222,17 @@ def test_running_partitions_merge_and_start_from_nothing():
     np.testing.assert_allclose(merged.log_z, reference("plain", REWARD[0], 0.1), rtol=1e-6)
 
 
-def test_running_partition_over_devices():
+@each_grid
+def test_running_partition_over_devices(names):
     def streamed(r):
         running = RunningPartition.empty((5,))
         for part in jnp.split(r, 2, axis=-1):
-            running = running.update(part, beta=0.3, axis_name="n")
+            running = running.update(part, beta=0.3, axis_name=names)
         return running.log_z, running.ess
 
-    mesh = Mesh(np.array(jax.devices()), ("n",))
-    sharded = jax.shard_map(streamed, mesh=mesh, in_specs=PartitionSpec(None, "n"), out_specs=PartitionSpec())
+    sharded = jax.shard_map(
+        streamed, mesh=mesh_over(names), in_specs=PartitionSpec(None, names), out_specs=PartitionSpec()
+    )
     whole = RunningPartition.empty((5,)).update(jnp.asarray(REWARD), beta=0.3)
     chex.assert_trees_all_close(jax.jit(sharded)(REWARD), (whole.log_z, whole.ess), rtol=1e-5)
 

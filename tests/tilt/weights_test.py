@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from scipy.special import logsumexp, softmax
 
+from tests.grids import each_grid, mesh_over
 from tiltjax.tilt.weights import tilt
 
 REWARD = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
@@ -67,16 +68,17 @@ def test_beta_per_prompt_is_each_prompt_alone():
     chex.assert_trees_all_close(out, jax.vmap(lambda r, b: tilt(r, beta=b))(jnp.asarray(REWARD), beta), rtol=1e-6)
 
 
-def test_candidates_over_eight_devices():
-    mesh = Mesh(np.array(jax.devices()), ("n",))
-    spec = PartitionSpec(None, "n")
+@each_grid
+def test_candidates_over_eight_devices(names):
+    mesh = mesh_over(names)
+    spec = PartitionSpec(None, names)
     out_specs = (spec, PartitionSpec(), PartitionSpec())
 
     def fields(reward, where, axis_name=None):
         out = tilt(reward, beta=0.3, where=where, axis_name=axis_name)
         return out.weights, out.log_z, out.ess
 
-    sharded = jax.shard_map(lambda r, w: fields(r, w, "n"), mesh=mesh, in_specs=(spec, spec), out_specs=out_specs)
+    sharded = jax.shard_map(lambda r, w: fields(r, w, names), mesh=mesh, in_specs=(spec, spec), out_specs=out_specs)
     chex.assert_trees_all_close(jax.jit(sharded)(REWARD, WHERE), fields(REWARD, WHERE), rtol=1e-5)
 
 

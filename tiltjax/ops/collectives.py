@@ -1,7 +1,8 @@
 """Communication over an optional mapped axis: the only file that calls `jax.lax` collectives.
 
 Every function is the identity (or the one-device answer) when ``axis_name`` is None, so a kernel is written once and
-runs alone, under `jax.pmap`, `jax.shard_map` or `jax.vmap(axis_name=...)`.
+runs alone, under `jax.pmap`, `jax.shard_map` or `jax.vmap(axis_name=...)`. Several names are one long axis, and are
+reduced one after the other: a value that is split over some of them only is refused by `jax.lax.psum` over all at once.
 """
 
 import functools
@@ -10,15 +11,17 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from tiltjax.types import Array, AxisName, Int, PyTree
 
 __all__ = [
+    "alike",
     "all_gather",
     "axis_index",
     "axis_size",
     "in_parts",
+    "num_parts",
     "parts_known",
     "pmax",
     "pmean",
@@ -34,29 +37,27 @@ def psum(x: PyTree, axis_name: AxisName) -> PyTree:
 
     Args:
       x: A pytree of arrays.
-      axis_name: The mapped axis; None leaves ``x`` as it is.
+      axis_name: The mapped axis, or several; None leaves ``x`` as it is.
 
     Returns:
       The same pytree, summed.
     """
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
+    return functools.reduce(jax.lax.psum, _names(axis_name), x)
 
 
 def pmean(x: PyTree, axis_name: AxisName) -> PyTree:
     """Mean of every leaf over the mapped axis; see `psum`."""
-    return x if axis_name is None else jax.lax.pmean(x, axis_name)
+    return functools.reduce(jax.lax.pmean, _names(axis_name), x)
 
 
 def pmax(x: PyTree, axis_name: AxisName) -> PyTree:
     """Largest value of every leaf over the mapped axis, without gradient (`jax.lax.pmax` has none); see `psum`."""
-    x = jax.lax.stop_gradient(x)
-    return x if axis_name is None else jax.lax.pmax(x, axis_name)
+    return functools.reduce(jax.lax.pmax, _names(axis_name), jax.lax.stop_gradient(x))
 
 
 def pmin(x: PyTree, axis_name: AxisName) -> PyTree:
     """Smallest value of every leaf over the mapped axis, without gradient; see `psum`."""
-    x = jax.lax.stop_gradient(x)
-    return x if axis_name is None else jax.lax.pmin(x, axis_name)
+    return functools.reduce(jax.lax.pmin, _names(axis_name), jax.lax.stop_gradient(x))
 
 
 def all_gather(x: PyTree, axis_name: AxisName) -> PyTree:
@@ -64,22 +65,42 @@ def all_gather(x: PyTree, axis_name: AxisName) -> PyTree:
 
     Args:
       x: A pytree of arrays of one dimension or more.
-      axis_name: The mapped axis; None leaves ``x`` as it is.
+      axis_name: The mapped axis, or several; None leaves ``x`` as it is.
 
     Returns:
       The same pytree, every leaf with a leading axis as many times as long as there are devices.
     """
-    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+    return functools.reduce(functools.partial(jax.lax.all_gather, tiled=True), reversed(_names(axis_name)), x)
 
 
 def axis_index(axis_name: AxisName) -> Int[Array, ""]:
     """This device's place on the mapped axis, or 0."""
-    return jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name)
+    index = jnp.int32(0)
+    for name in _names(axis_name):
+        index = index * jax.lax.axis_size(name) + jax.lax.axis_index(name)
+    return index
 
 
 def axis_size(axis_name: AxisName) -> int:
     """Number of devices on the mapped axis, or 1."""
-    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    return math.prod(map(jax.lax.axis_size, _names(axis_name)))
+
+
+def alike(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays that devices share, as each device's own where others of ``arrays`` are: for a gradient's own rule.
+
+    Under `jax.shard_map` a rule that is given a device's rows and a shared matrix knows the device's part of the
+    matrix's gradient only. The parts are summed on the way back through this function.
+
+    Args:
+      *arrays: What the rule is given.
+
+    Returns:
+      The arrays, unchanged.
+    """
+    own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    missing = [tuple(sorted(frozenset().union(*own) - names)) for names in own]
+    return tuple(jax.lax.pcast(x, names, to="varying") for x, names in zip(arrays, missing, strict=True))
 
 
 def spread(x: Array, axes: tuple[str, ...] = ("data", "fsdp")) -> Array:
@@ -95,7 +116,7 @@ def spread(x: Array, axes: tuple[str, ...] = ("data", "fsdp")) -> Array:
     Returns:
       ``x``, unchanged; without a mesh, or where the sizes do not divide, not even told.
     """
-    sizes = _free_axes()
+    sizes = _free_axes(jax.sharding.get_abstract_mesh())
     axes = tuple(axis for axis in axes if axis in sizes)
     if not axes or x.shape[0] % math.prod(sizes[axis] for axis in axes):
         return x
@@ -117,13 +138,28 @@ def whole(x: Array, *, split: int | None = None, axis: str = "tensor") -> Array:
     Returns:
       ``x``, unchanged; without a mesh, not even told.
     """
-    sizes = _free_axes()
+    sizes = _free_axes(jax.sharding.get_abstract_mesh())
     if not sizes:
         return x
     spec: list[str | None] = [None] * x.ndim
     if split is not None and x.shape[split] % sizes.get(axis, 1) == 0 and axis in sizes:
         spec[split] = axis
     return _together(PartitionSpec(*spec), x)
+
+
+def num_parts(x: Array, axes: tuple[str, ...] = ("data", "fsdp")) -> int:
+    """In how many parts the compiler of a sharded `jax.jit` may hold the leading axis of an array; see `spread`.
+
+    Args:
+      x: Any array. Without a mesh that the program is traced under, the one that its arguments lie on counts.
+      axes: Mesh axes; those that the mesh does not have, or that are mapped by hand, do not count.
+
+    Returns:
+      1 under `jax.pmap` and `jax.shard_map`, where shapes are those of one device, and on one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = _free_axes(jax.typeof(x).sharding.mesh if mesh.empty else mesh)
+    return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
 def in_parts(
@@ -169,8 +205,13 @@ def _together(spec: PartitionSpec, x: Array) -> Array:
 _together.defvjp(lambda spec, x: (_together(spec, x), None), lambda spec, _, grad: (grad,))
 
 
-def _free_axes() -> dict[str, int]:
+def _names(axis_name: AxisName) -> tuple[str, ...]:
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else axis_name
+
+
+def _free_axes(mesh: AbstractMesh) -> dict[str, int]:
     """Sizes of the axes, above 1, along which the compiler of a sharded `jax.jit` may place things."""
-    mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
