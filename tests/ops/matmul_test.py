@@ -3,8 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from tiltjax.ops.bits import KEPT
+from tests.grids import each_grid, mesh_over
+from tiltjax.ops.bits import KEPT, gradient_at_rounded
+from tiltjax.ops.collectives import pmean
 from tiltjax.ops.matmul import dot, matmul, outer, scale_rows, transposed_outer, turned_is_faster, turned_matmul
 
 RNG = np.random.default_rng(0)
@@ -13,6 +16,21 @@ X, W, G = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(5, 4)), RNG.normal(size=(
 
 def rounded(x, dtype):
     return np.asarray(jnp.asarray(x, dtype), np.float64)
+
+
+@each_grid
+def test_gradients_of_shared_operands_sum_over_devices(names):
+    """Under `shard_map` the rules of narrow gradients give each device's part."""
+    x, w, b = (np.float32(RNG.normal(size=shape)) for shape in ((16, 5), (5, 4), (1, 4)))
+
+    def total(w, b, x, axis_name=None):
+        rows = matmul(x, w, jnp.bfloat16)
+        return pmean(jnp.mean(gradient_at_rounded(lambda y, b: jnp.tanh(y + b), jnp.bfloat16, rows, b)), axis_name)
+
+    grad, whole = jax.grad(total, argnums=(0, 1)), PartitionSpec()
+    places = (whole, whole, PartitionSpec(names))
+    mapped = jax.shard_map(lambda *x: grad(*x, names), mesh=mesh_over(names), in_specs=places, out_specs=whole)
+    chex.assert_trees_all_close(jax.jit(mapped)(w, b, x), jax.jit(grad)(w, b, x), atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

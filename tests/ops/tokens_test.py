@@ -1,13 +1,18 @@
 import functools
+import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import log_softmax
 
+from tiltjax.ops.collectives import pmean
 from tiltjax.ops.matmul import dot
 from tiltjax.ops.tokens import chunked_kl, eos_mask, sequence_logp, token_logp
+from tiltjax.train.sharding import make_mesh
 
 V, D = 37, 8
 RNG = np.random.default_rng(0)
@@ -114,14 +119,14 @@ def test_logits_far_from_zero():
     np.testing.assert_allclose(out, exact(hidden, HEAD, TOKEN, 1.0), rtol=1e-5, atol=1e-4)
 
 
-def sizes(jaxpr):
+def shapes(jaxpr):
     for eqn in jaxpr.eqns:
-        yield from (v.aval.size for v in eqn.outvars)
+        yield from (v.aval.shape for v in eqn.outvars)
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from sizes(inner)
+                    yield from shapes(inner)
 
 
 def test_neither_pass_holds_all_logits():
@@ -133,7 +138,7 @@ def test_neither_pass_holds_all_logits():
             return sum(jnp.sum(field) for field in function(hidden, head))
 
         jaxprs = [jax.make_jaxpr(f)(hidden, head).jaxpr for f in (total, jax.grad(total, argnums=(0, 1)))]
-        return [max(sizes(jaxpr)) for jaxpr in jaxprs]
+        return [max(map(math.prod, shapes(jaxpr))) for jaxpr in jaxprs]
 
     assert min(largest(lambda h, w: plain(h, w, token, 1.0))) == M * V
     assert largest(lambda h, w: fields(token_logp(h, w, token, chunk=chunk))) == [M * chunk] * 2
@@ -144,6 +149,55 @@ def test_blocks_of_positions_change_no_number():
     hidden, token = np.float32(RNG.normal(size=(11, D))), RNG.integers(0, V, 11)
     out = chunked(hidden, np.float32(HEAD), token, chunk=8, rows=3)
     np.testing.assert_allclose(out, exact(hidden, HEAD, token, 1.0), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("how", ["alone", "pmap", "shard_map", "two of three axes", "sharded jit", "traced in a mesh"])
+def test_a_block_is_2048_positions_of_every_device(how):
+    """Shapes are those of one device, or of all that the compiler of a sharded jit splits the batch over."""
+    mesh, batch = make_mesh("data:2,fsdp:2,tensor:2"), PartitionSpec(("data", "fsdp"))
+    hidden, token = np.ones((8, 2**12, D), np.float32), np.zeros((8, 2**12), int)
+    run = lambda hidden, token: token_logp(hidden, np.float32(HEAD), token).logp
+    mapped = functools.partial(jax.shard_map, run, mesh=mesh)
+    whole = PartitionSpec(mesh.axis_names)
+    program = {
+        "pmap": jax.pmap(run),
+        "shard_map": mapped(in_specs=whole, out_specs=whole),
+        "two of three axes": mapped(in_specs=batch, out_specs=batch, axis_names={"data", "fsdp"}, check_vma=False),
+    }.get(how, jax.jit(run))
+
+    def blocks(hidden, token):
+        if how == "sharded jit":
+            hidden, token = jax.device_put((hidden, token), NamedSharding(mesh, batch))
+        context = mesh.abstract_mesh if how == "traced in a mesh" else jax.sharding.get_abstract_mesh()
+        with jax.sharding.use_abstract_mesh(context):
+            jaxpr = jax.make_jaxpr(program)(hidden, token).jaxpr
+        return max(shape[0] for shape in shapes(jaxpr) if len(shape) == 2 and shape[1] == V)
+
+    split = "jit" in how or "traced" in how
+    assert blocks(hidden, token) == (4 if split else 1) * 2048
+    if split:  # 4 blocks would need no padding either, but no device would hold as much of each as the others.
+        assert blocks(hidden[:, :4095], token[:, :4095]) == 8 * 4095 // 5
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_gradient_of_a_shared_head_sums_over_devices(kl):
+    """Under `shard_map`, in several blocks and chunks: it checks of every loop what differs between devices."""
+    mesh, names = make_mesh("data:4,fsdp:2"), ("data", "fsdp")
+    hidden, token = np.float32(RNG.normal(size=(32, D))), RNG.integers(0, V, 32)
+    head, other = np.float32(HEAD), np.float32(HEAD[::-1])
+
+    def total(hidden, head, token, axis_name=None):
+        options = {"chunk": 8, "rows": 2}
+        value = chunked_kl(hidden, head, hidden, other, **options) if kl else token_logp(hidden, head, token, **options)
+        return pmean(jnp.mean(value if kl else value.logp + value.entropy**2), axis_name)
+
+    grad = jax.value_and_grad(total, argnums=(0, 1))
+    split, whole = PartitionSpec(names), PartitionSpec()
+    mapped = jax.shard_map(
+        lambda *x: grad(*x, names), mesh=mesh, in_specs=(split, whole, split), out_specs=(whole, (split, whole))
+    )
+    actual, expected = (jax.jit(f)(hidden, head, token) for f in (mapped, grad))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 REF_HIDDEN, REF_HEAD = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(V, 5)) / 2

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from tiltjax.ops.collectives import alike
 from tiltjax.types import Array, Dtype
 
 __all__ = ["KEPT", "as_bits", "from_bits", "gradient_at_rounded", "keep", "part"]
@@ -93,7 +94,7 @@ def gradient_at_rounded(function: Callable[..., Array], dtype: Dtype, *x: Array)
     """
     if all(jnp.promote_types(dtype, a.dtype) == dtype for a in x):
         return function(*x)
-    return _at_rounded(function, jnp.dtype(dtype), *x)
+    return _at_rounded(function, jnp.dtype(dtype), *alike(*x))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

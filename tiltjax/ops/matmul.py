@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tiltjax.ops.bits import as_bits, from_bits
 from tiltjax.ops.bits import keep as kept
+from tiltjax.ops.collectives import alike
 from tiltjax.types import Array, Dtype, Float
 
 __all__ = ["dot", "matmul", "multiplies_bfloat16", "outer", "scale_rows", "turned_is_faster", "turned_matmul"]
@@ -50,7 +51,7 @@ def matmul(
     """
     if jnp.dtype(dtype) == jnp.promote_types(dtype, jnp.float32):
         return _product(x.astype(dtype), w.astype(dtype), 0)
-    return _narrow(jnp.dtype(dtype), keep, x, w)
+    return _narrow(jnp.dtype(dtype), keep, *alike(x, w))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from tiltjax.ops.bits import part
 from tiltjax.ops.checks import check_at_least, check_positive
+from tiltjax.ops.collectives import alike, num_parts
 from tiltjax.ops.masked import as_float
 from tiltjax.ops.matmul import dot, matmul, outer
 from tiltjax.types import Array, Bool, Dtype, Float, Int
@@ -61,8 +62,8 @@ def token_logp(
       token: The token that follows.
       temperature: Softmax temperature, > 0.
       chunk: Vocabulary entries per step; V need not be a multiple.
-      rows: Most positions per step; their number need not be a multiple. None means 2048 for every device there is,
-        since under a sharded `jax.jit` a block is spread over the devices as the batch is.
+      rows: Most positions per step; their number need not be a multiple. None means 2048 on each device, also where a
+        sharded `jax.jit` spreads a block over the devices as it does the batch.
       dtype: Operand type of the matrix products (None: that of ``hidden``); sums are float32 or wider.
 
     Returns:
@@ -77,7 +78,8 @@ def token_logp(
       (True, True)
     """
     chex.assert_equal_shape_prefix([hidden, token], token.ndim)
-    walk = _walk(token.size, head, temperature, chunk, rows, dtype or hidden.dtype)
+    walk = _walk(hidden, token.size, head, temperature, chunk, rows, dtype)
+    hidden, head, token = alike(hidden, head, token)
     fields = _token_stats(walk, walk.split(hidden, token.ndim), head, walk.split(token, token.ndim))
     return TokenStats(**{name: walk.join(value, token.shape) for name, value in fields.items()})
 
@@ -126,7 +128,8 @@ def chunked_kl(
     shape = hidden.shape[:-1]
     chex.assert_shape(ref_hidden, (*shape, None))
     chex.assert_equal(head.shape[0], ref_head.shape[0])
-    walk = _walk(math.prod(shape), head, temperature, chunk, rows, dtype or hidden.dtype)
+    walk = _walk(hidden, math.prod(shape), head, temperature, chunk, rows, dtype)
+    hidden, head, ref_hidden, ref_head = alike(hidden, head, ref_hidden, ref_head)
     states = (walk.split(hidden, len(shape)), walk.split(ref_hidden, len(shape)))
     return walk.join(_kl(walk, states, (head, ref_head)), shape)
 
@@ -191,7 +194,8 @@ class _Walk:
             carry, out = body(carry, jax.tree.map(lambda x: x[:, 0], inputs))
             return carry, jax.tree.map(lambda x: x[:, None], out)
         shapes = jax.eval_shape(body, carry, jax.tree.map(lambda x: x[:, 0], inputs))[1]
-        whole = jax.tree.map(lambda s: jnp.zeros((s.shape[0], self.blocks, *s.shape[1:]), s.dtype), shapes)
+        # Like each of them, where devices differ too: under `jax.shard_map` a loop may change no array in that.
+        whole = jax.tree.map(lambda s: jnp.zeros_like(s, shape=(s.shape[0], self.blocks, *s.shape[1:])), shapes)
 
         def step(i, both):
             carry, whole = both
@@ -230,20 +234,21 @@ class _Walk:
         return grad_hidden + matmul(dz, rows, self.dtype), jax.lax.dynamic_update_slice_in_dim(grad_head, new, first, 0)
 
 
-def _walk(positions, head, temperature, chunk, rows, dtype):
+def _walk(hidden, positions, head, temperature, chunk, rows, dtype):
     check_positive("temperature", temperature)
     check_at_least("chunk", chunk, 1)
     check_at_least("rows", rows, 1)
-    rows = _ROWS * jax.device_count() if rows is None else rows
-    least = max(1, -(-positions // rows))
-    # A number of blocks that needs no padding, if there is one near.
-    blocks = next((n for n in range(least, 2 * least) if positions % n == 0), least)
+    parts = num_parts(hidden)
+    least = max(1, -(-positions // (_ROWS * parts if rows is None else rows)))
+    # A number of blocks that all devices share evenly, or that needs no padding, if there is one near.
+    near = range(least, 2 * least)
+    blocks = next((n for each in (parts, 1) for n in near if positions % (n * each) == 0), least)
     return _Walk(
         blocks=blocks,
         size=-(-positions // blocks),
         chunk=min(chunk, head.shape[0]),
         temperature=temperature,
-        dtype=jnp.dtype(dtype),
+        dtype=jnp.dtype(dtype or hidden.dtype),
     )
 
 
@@ -309,11 +314,11 @@ def _token_stats_bwd(walk, saved, grad):
             dz += grad["self_certainty"][:, None] * (p - 1 / head.shape[0])
             return walk.pull(grads, first, dz, hidden, rows)
 
-        grads = (jnp.zeros(hidden.shape, walk.wide), grad_head)
+        grads = (jnp.zeros_like(hidden, walk.wide), grad_head)
         grad_hidden, grad_head = walk.over_vocabulary(body, grads, head)
         return grad_head, grad_hidden.astype(hidden.dtype)
 
-    zeros = jnp.zeros(head.shape, walk.wide)
+    zeros = jnp.zeros_like(head, walk.wide)
     grad_head, grad_hidden = walk.over_positions(block, zeros, (hidden, token, log_norm, entropy, grad))
     return grad_hidden, grad_head.astype(head.dtype), None
 
@@ -367,12 +372,12 @@ def _kl_bwd(walk, saved, grad):
                 for g, d, state, row, move in zip(grads, dz, states, rows, moved.value, strict=True)
             )
 
-        zeros = tuple(jnp.zeros(s.shape, walk.wide) for s in states)
+        zeros = tuple(jnp.zeros_like(s, walk.wide) for s in states)
         grads = walk.over_vocabulary(body, tuple(zip(zeros, grad_heads, strict=True)), heads)
         grad_states, grad_heads = zip(*grads, strict=True)
         return grad_heads, tuple(g.astype(s.dtype) for g, s in zip(grad_states, states, strict=True))
 
-    zeros = tuple(jnp.zeros(w.shape, walk.wide) for w in heads)
+    zeros = tuple(jnp.zeros_like(w, walk.wide) for w in heads)
     grad_heads, grad_states = walk.over_positions(block, zeros, (states, values, grad))
     return grad_states, tuple(g.astype(w.dtype) for g, w in zip(grad_heads, heads, strict=True))
 
