@@ -1,11 +1,22 @@
+import functools
+import pathlib
+
+import chex
 import jax
 import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from tests.train.worlds import tiny_model
-from tiltjax.train.sharding import make_mesh, param_spec, shardings
+from tests.train.worlds import ragged_candidates, tiny_model
+from tiltjax.models.layers import NARROW, WIDEN
+from tiltjax.models.pretrained import load
+from tiltjax.train.objectives import sft_objective
+from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec, shard, sharded_step, shardings
 from tiltjax.train.state import init_state
+from tiltjax.train.step import train_step
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "models" / "golden"
+ARCHITECTURES = ("llama", "gpt_neox", "gpt2")
 
 
 @pytest.mark.parametrize(
@@ -26,15 +37,37 @@ def test_bad_mesh_is_refused(spec, message):
         make_mesh(spec)
 
 
-def test_rules_reach_every_matrix():
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_rules_reach_every_matrix(family):
     mesh = make_mesh("data:2,fsdp:2,tensor:2")
-    places = shardings(tiny_model(), mesh)
-    for path, place in jax.tree_util.tree_flatten_with_path(places)[0]:
-        name = jax.tree_util.keystr(path)
-        matrix = "kernel" in name or "embedding" in name
-        assert {axis for axis in place.spec if axis} == ({"fsdp", "tensor"} if matrix else set()), name
-        narrows = ".out." in name or ".down." in name
-        assert not matrix or "embedding" in name or place.spec[1] == ("tensor" if narrows else "fsdp")
+    places = shardings(load(GOLDEN / family), mesh)
+    rows, columns, vocabulary = PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "tensor"), ("tensor", "fsdp")
+    expected = {
+        **{f".blocks.{name}.kernel": rows for name in WIDEN},
+        **{f".blocks.{name}.bias": columns for name in WIDEN},
+        **{f".blocks.{name}.kernel": PartitionSpec(None, "tensor", "fsdp") for name in NARROW},
+        ".embedding": PartitionSpec(*vocabulary),
+        ".head": PartitionSpec(*vocabulary),
+        ".position_embedding": PartitionSpec(None, "fsdp"),
+    }
+    seen = {jax.tree_util.keystr(path): place for path, place in jax.tree_util.tree_flatten_with_path(places)[0]}
+    for path, place in seen.items():
+        name = path.removesuffix(".value")
+        small = "norm" in name or ".out.bias" in name or ".down.bias" in name
+        assert place.spec == (PartitionSpec() if small else expected[name]), name
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_loss_and_gradient_over_three_axes_are_those_of_one_device(family):
+    model, batch, tx, key = load(GOLDEN / family), ragged_candidates(), optax.sgd(1.0), jax.random.key(0)
+    step = functools.partial(train_step, loss_fn=sft_objective(), tx=tx)
+    state = init_state(model, tx)
+    expected = jax.jit(step)(state, batch, key)
+    mesh = make_mesh("data:2,fsdp:2,tensor:2")
+    sharded = sharded_step(step, state, None, mesh)
+    actual = sharded(shard(state, mesh), jax.device_put(batch, batch_sharding(mesh)), key, None)
+    assert float(expected[1]["grad_norm"]) > 0.1
+    chex.assert_trees_all_close(jax.device_get(actual), jax.device_get(expected), rtol=0, atol=1e-5)
 
 
 def test_optimizer_state_lies_where_its_parameters_do():

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -6,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.train.worlds import ragged_candidates, tiny_model
+from tiltjax.advantages import reinforce_pp_advantage
+from tiltjax.losses.penalties import kl_k1
+from tiltjax.losses.policy_gradient import aggregate, ppo_clip_loss
 from tiltjax.models import lora
 from tiltjax.ops.masked import average
+from tiltjax.train import rounds
+from tiltjax.train.method import Feedback
+from tiltjax.train.methods import get_method
 from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, sft_objective, var_objective
-from tiltjax.train.sharding import batch_sharding, make_mesh, pmap_step, shard, sharded_step
+from tiltjax.train.policy import model_view
+from tiltjax.train.sharding import BATCH, batch_sharding, make_mesh, pmap_step, shard, sharded_step, shardings
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 
@@ -65,6 +74,65 @@ def test_pmapped_and_sharded_steps_equal_one_device(method):
     state = shard(init_state(params, TX), mesh)
     step = sharded_step(functools.partial(train_step, loss_fn=loss_fn, tx=TX), state, None, mesh)
     close(run(step, state, jax.device_put(batch, batch_sharding(mesh))), expected)
+
+
+def surrogate_batch(num_candidates=2):
+    """Candidates of an older policy, with the log-ratio of every token to a reference."""
+    batch = ragged_candidates(num_candidates=num_candidates)
+    old, ref = (tiny_model(seed).score(batch.prompt, batch.prompt_mask, batch.completion).logp for seed in (0, 1))
+    noise = 0.1 * np.random.default_rng(4).normal(size=old.shape).astype(np.float32)
+    batch = dataclasses.replace(batch, old_token_logp=np.asarray(old) + noise)
+    return batch, kl_k1(old, ref, batch.completion_mask)
+
+
+def reinforce_pp(axis_name=None):
+    """Advantages at mean 0 and variance 1 over the tokens of the whole batch, which every device needs."""
+
+    def loss_fn(params, frozen, batch, key):
+        (batch, token_kl), mask = batch, batch[0].completion_mask
+        token_logp = params.score(batch.prompt, batch.prompt_mask, batch.completion).logp
+        advantage = reinforce_pp_advantage(batch.reward, token_kl, mask, beta=0.1, axis_name=axis_name)
+        values = ppo_clip_loss(token_logp, batch.old_token_logp, advantage, mask)
+        return aggregate(values, mask, mode="token_mean"), {"advantage": average(jnp.square(advantage), mask)}
+
+    return loss_fn
+
+
+def test_statistics_of_a_policy_gradient_span_all_devices():
+    batch, params = surrogate_batch(), tiny_model()
+    expected = run(one_device(reinforce_pp()), init_state(params, TX), batch)
+    assert abs(expected[1]["advantage"] - 1) < 0.02
+
+    mapped = functools.partial(train_step, loss_fn=reinforce_pp("data"), tx=TX)
+    close(run(pmap_step(mapped), fresh_state(params), batch), expected)
+    names, whole, mesh = ("data", "fsdp"), PartitionSpec(), make_mesh("data:4,fsdp:2")
+    mapped = functools.partial(train_step, loss_fn=reinforce_pp(names), tx=TX, axis_name=names)
+    over = jax.shard_map(mapped, mesh=mesh, in_specs=(whole, BATCH, whole, whole), out_specs=whole)
+    close(run(jax.jit(over), init_state(params, TX), batch), expected)
+    mesh = make_mesh("data:2,fsdp:2,tensor:2")
+    state = shard(init_state(params, TX), mesh)
+    step = sharded_step(functools.partial(train_step, loss_fn=reinforce_pp(), tx=TX), state, None, mesh)
+    close(run(step, state, jax.device_put(batch, batch_sharding(mesh))), expected)
+
+
+def test_a_round_on_a_mesh_equals_one_device():
+    record, (candidates, _), key = get_method("reinforce_pp"), surrogate_batch(4), jax.random.key(0)
+    players, feedback = rounds.init_players(record, tiny_model(), TX), Feedback(reward=candidates.reward)
+
+    def fit(players, candidates, feedback, key):
+        options = {"view": model_view(), "tx": TX, "beta": 0.1, "minibatches": 2}
+        return rounds.fit(record, players, candidates, feedback, key, **options)
+
+    expected = jax.jit(fit)(players, candidates, feedback, key)
+    mesh = make_mesh("data:2,fsdp:2,tensor:2")
+    batch = jax.device_put((candidates, feedback), batch_sharding(mesh))
+    places, whole = shardings(players, mesh), NamedSharding(mesh, PartitionSpec())
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        over = jax.jit(fit, in_shardings=(places, *[batch_sharding(mesh)] * 2, whole), out_shardings=(places, whole))
+        actual = over(shard(players, mesh), *batch, key)
+    close(*jax.device_get((actual, expected)))
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, expected[0].state.params, players.state.params))
+    assert moved > 0.01
 
 
 def test_var_in_batch_spans_all_devices():

@@ -68,8 +68,8 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Where a parameter lives, by the names in its path; optimizer state mirrors the names and so the places.
 
     Kernels that widen (query, key, value, gate, up) split their output over ``tensor``, those that narrow (out, down)
-    their input, the embedding and the head their vocabulary; the other side goes over ``fsdp``. An axis that does not
-    divide its dimension is left out.
+    their input, the embedding and the head their vocabulary; the other side, and the features of learned positions, go
+    over ``fsdp``. An axis that does not divide its dimension is left out.
 
     Args:
       path: Attribute names joined by dots, such as ``blocks.query.kernel``; what stands before them does not matter.
@@ -84,6 +84,8 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     wanted: tuple[str | None, ...] = ()
     if name in ("embedding", "head"):
         wanted = ("tensor", "fsdp")
+    elif name == "position_embedding":
+        wanted = (None, "fsdp")
     elif name == "kernel" and (widens or narrows):
         wanted = (None, "fsdp", "tensor") if widens else (None, "tensor", "fsdp")
     elif name == "bias" and widens:
