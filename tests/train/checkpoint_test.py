@@ -122,6 +122,18 @@ def test_saver_writes_while_the_state_is_overwritten(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["2"]
 
 
+def test_a_checkpoint_counts_after_what_it_was_told_to_wait_for(tmp_path):
+    seen = []
+    with checkpoint.Saver(tmp_path) as saver:
+        saver.save(1, {"w": jnp.ones(2)}, after=lambda: seen.append(checkpoint.latest(tmp_path)))
+        saver.wait()
+        assert (seen, checkpoint.latest(tmp_path)) == ([None], 1)
+        saver.save(2, {"w": jnp.ones(2)}, after=lambda: [][0])
+        with pytest.raises(IndexError):
+            saver.wait()
+    assert checkpoint.latest(tmp_path) == 1
+
+
 def test_an_error_of_the_background_is_raised(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")

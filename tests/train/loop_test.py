@@ -1,5 +1,6 @@
 import functools
 import json
+import threading
 
 import chex
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from tiltjax.ops.masked import average
+from tiltjax.train import checkpoint
 from tiltjax.train.loop import epoch_batches, fit
 from tiltjax.train.metrics import MetricsWriter, bootstrap_interval
 from tiltjax.train.state import init_state
@@ -59,6 +61,48 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, kills):
     files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
     assert files[0] == files[1]
     assert [json.loads(line)["step"] for line in files[0].splitlines()] == list(range(11))
+
+
+class Scalar:
+    """The loss of a step, which can be read once the next step was started; a checkpoint that holds it must wait."""
+
+    def __init__(self, step, started, folder, fault=None):
+        self.step, self.started, self.folder, self.fault = step, started, folder, fault
+
+    def __array__(self, *_, **__):
+        assert self.started[self.step + 1].wait(timeout=30), "the loop waits for a step before it starts the next one"
+        assert not (self.folder / "checkpoints" / str(self.step + 1)).exists()
+        if self.step == self.fault:
+            raise OSError("disk full")
+        return np.float32(self.step)
+
+
+def paced(directory, *, fault=None, steps=6):
+    started = [threading.Event() for _ in range(steps + 1)]
+    started[steps].set()
+
+    def step_fn(state, batch, key, frozen):
+        started[batch].set()
+        return state.replace(step=state.step + 1), {"loss": Scalar(batch, started, directory, fault)}
+
+    options = {"key": jax.random.key(0), "num_steps": steps, "checkpoint_every": 2, "progress": False}
+    start = init_state({"w": jnp.zeros(2)}, TX)
+    return fit(start, lambda step: step, step_fn=step_fn, directory=directory, **options)
+
+
+def test_no_step_waits_for_the_metrics_of_the_one_before(tmp_path):
+    """Not where a checkpoint is written either."""
+    assert paced(tmp_path).step == 6
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": i, "loss": float(i)} for i in range(6)]
+    assert checkpoint.latest(tmp_path / "checkpoints") == 6
+
+
+def test_a_checkpoint_counts_only_with_the_metrics_of_its_steps(tmp_path):
+    with pytest.raises(OSError, match="disk full"):
+        paced(tmp_path, fault=3)
+    assert checkpoint.latest(tmp_path / "checkpoints") == 2
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):

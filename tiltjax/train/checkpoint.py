@@ -70,12 +70,19 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def save(self, step: int, tree: PyTree) -> None:
-        """Begins a checkpoint, after the one before it is whole; see the function `save`."""
+    def save(self, step: int, tree: PyTree, *, after: Callable[[], object] = lambda: None) -> None:
+        """Begins a checkpoint, after the one before it is whole; see the function `save`.
+
+        Args:
+          step: Names the checkpoint.
+          tree: Pytree of arrays.
+          after: What must be done before the checkpoint counts, such as the wait for a line of metrics; it is called
+            when all is written, and if it fails the checkpoint does not count.
+        """
         self.wait()
         # The arrays of a CPU are read where they lie, and the next step may overwrite them.
         begun = _begin(self._root, step, jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree)
-        finish = functools.partial(_finish, begun, self._keep)
+        finish = functools.partial(_finish, begun, self._keep, after)
         self._pending = self._thread.submit(finish).result if jax.process_count() == 1 else finish
 
     def wait(self) -> None:
@@ -142,11 +149,14 @@ def _begin(root: pathlib.Path, step: int, tree: PyTree) -> tuple[ocp.StandardChe
     return checkpointer, part, step
 
 
-def _finish(begun: tuple[ocp.StandardCheckpointer, pathlib.Path, int], keep: int) -> pathlib.Path:
+def _finish(
+    begun: tuple[ocp.StandardCheckpointer, pathlib.Path, int], keep: int, after: Callable[[], object] = lambda: None
+) -> pathlib.Path:
     """Waits until all is written, then lets the checkpoint count."""
     checkpointer, part, step = begun
     with checkpointer:
         checkpointer.wait_until_finished()
+    after()
     root, final = part.parent, part.parent / str(step)
     distributed.barrier(f"checkpoint {step} written")
     if distributed.is_main():

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from concurrent import futures
 
 import jax
 from tqdm import tqdm
@@ -32,8 +33,8 @@ def fit(
     """Runs the step until ``num_steps``, writing metrics and checkpoints on the way.
 
     Everything a step uses is a function of its number: batch ``batches(step)``, key ``fold_in(key, step)``. So a run
-    that is killed at any moment and resumed ends with the same bits as one that was not. With several hosts all of them
-    call this; process 0 writes.
+    that is killed at any moment and resumed ends with the same bits as one that was not: a checkpoint counts when the
+    metrics of its steps are written. With several hosts all of them call this; process 0 writes.
 
     Args:
       state: The initial state; on resume its structure, types and places are those of the restored one.
@@ -58,17 +59,19 @@ def fit(
     writer = MetricsWriter(directory, resume_step=start if resume else None) if writes else None
     steps = tqdm(range(start, num_steps), initial=start, total=num_steps, desc="fit", unit="step",
                  disable=not (progress and writes))  # fmt: skip
-    pending: tuple[int, PyTree] | None = None
-    with checkpoint.Saver(folder) as saver, writer or contextlib.nullcontext():
+    line: futures.Future[float] | None = None
+    with (
+        writer or contextlib.nullcontext(),
+        futures.ThreadPoolExecutor(1) as clerk,  # Writes one line after another.
+        checkpoint.Saver(folder) as saver,
+    ):
         for step in steps:
             state, scalars = step_fn(state, batches(step), jax.random.fold_in(key, step), frozen)
-            if pending:  # One step behind: reading a scalar never holds the device up.
-                steps.set_postfix_str(f"loss {_write(writer, *pending):.4f}")
-            pending = (step, scalars)
+            if line:  # One step behind: reading a scalar never holds the device up.
+                steps.set_postfix_str(f"loss {line.result():.4f}")
+            line = clerk.submit(_write, writer, step, scalars)
             if (step + 1) % checkpoint_every == 0 or step + 1 == num_steps:
-                _write(writer, *pending)
-                pending = None
-                saver.save(step + 1, state)
+                saver.save(step + 1, state, after=line.result)
     return state
 
 
