@@ -25,6 +25,7 @@ from tiltjax.train import checkpoint, distributed, rounds
 from tiltjax.train.method import Feedback, Method, Players
 from tiltjax.train.metrics import MetricsWriter
 from tiltjax.train.policy import at_work, model_sample, model_view, with_critics
+from tiltjax.train.rollout import overlapped, whole_on_every_host
 from tiltjax.train.sharding import batch_sharding, shard, shardings
 from tiltjax.types import Array, Bool, Int, Params, PRNGKey
 
@@ -76,7 +77,7 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
             values |= {"drawn_reward": _drawn_reward(told, drawn)} | ({"draws": draws} if record.resample else {})
             if writer is not None:
                 writer.write(r, values)
-            bar.set_postfix_str(json.dumps({k: round(values[k], 3) for k in ("reward", "kl_k1")}))
+            bar.set_postfix_str(json.dumps({k: round(values[k], 3) for k in ("reward", "kl_k1") if k in values}))
             bar.update()
             if (r + 1) % config.checkpoint_every == 0 or r + 1 == count:
                 if watch is not None:
@@ -136,7 +137,10 @@ def _rows(config: AlignConfig, record: Method) -> int:
 def _drawing(
     world: World, record: Method, *, minibatches: int
 ) -> Callable[[Players, PRNGKey, int], tuple[Candidates, Feedback, float]]:
-    """``(players at work, key, round) -> candidates, feedback, draws per mini-batch``, all in NumPy, on every host."""
+    """``(players at work, key, round) -> candidates, feedback, draws per mini-batch``, all in NumPy, on every host.
+
+    The next mini-batch is being drawn while the host rewards one.
+    """
     config, given, B = world.config, world.given, world.config.batch_size
     place = batch_sharding(world.mesh)
     mine = distributed.host_rows(place, B)
@@ -161,21 +165,25 @@ def _drawing(
                 prompts, completion=empty, completion_mask=empty > 0, old_token_logp=np.zeros(shape, np.float32)
             )
         here = distributed.global_batch(take(prompts, mine), place, B)
-        return distributed.fetch(write(key, players, source, here, num))
+        return whole_on_every_host(write(key, players, source, here, num), place)
 
-    def once(players: Players, key: PRNGKey, rows: Int[Array, "B"]) -> tuple[Candidates, Feedback]:
-        by = functools.partial(sample, rows)
-        drawn = jax.device_get(rounds.collect(record, players, take(asked, rows), key, sample=by))
+    def begin(players: Players, key: PRNGKey, rows: Int[Array, "B"]) -> list[Candidates]:
+        """What the devices are going to fill."""
+        return rounds.draw(record, players, take(asked, rows), key, sample=functools.partial(sample, rows))
+
+    def end(rows: Int[Array, "B"], begun: list[Candidates]) -> tuple[Candidates, Feedback]:
+        drawn = jax.device_get(rounds.join(record, take(asked, rows), distributed.fetch(begun)))
         return drawn, feedback(world, record, rows, drawn)
 
-    def minibatch(players: Players, key: PRNGKey, step: int) -> tuple[Candidates, Feedback, int]:
+    def minibatch(players: Players, key: PRNGKey, step: int, begun: list) -> tuple[Candidates, Feedback, int]:
         rows = order(step)
-        drawn, told = once(players, jax.random.fold_in(key, 0), rows)
+        drawn, told = end(rows, begun)
         good, seen, draws = _informative(told), set(rows.tolist()), 1
         while draws <= record.resample and not good.all() and len(seen) < config.num_prompts:
             left = np.setdiff1d(np.arange(config.num_prompts), list(seen))
             left = np.random.default_rng([config.seed, step, draws]).permutation(left)[:B]
-            more = once(players, jax.random.fold_in(key, draws), np.resize(left, B))
+            again = np.resize(left, B)
+            more = end(again, begin(players, jax.random.fold_in(key, draws), again))
             drawn, told = _replaced((drawn, told), good, more, _informative(more[1]) & (np.arange(B) < len(left)))
             good, seen, draws = _informative(told), seen | set(left.tolist()), draws + 1
         if corpus.any():
@@ -183,8 +191,14 @@ def _drawing(
         return drawn, told, draws
 
     def draw(players: Players, key: PRNGKey, r: int) -> tuple[Candidates, Feedback, float]:
-        steps = range(r * minibatches, (r + 1) * minibatches)
-        parts = [minibatch(players, jax.random.fold_in(key, m), step) for m, step in enumerate(steps)]
+        def start(m: int) -> list[Candidates]:
+            first = jax.random.fold_in(jax.random.fold_in(key, m), 0)
+            return begin(players, first, order(r * minibatches + m))
+
+        def finish(m: int, begun: list[Candidates]) -> tuple[Candidates, Feedback, int]:
+            return minibatch(players, jax.random.fold_in(key, m), r * minibatches + m, begun)
+
+        parts = (part for _, part in overlapped(range(minibatches), start, finish))
         drawn, told, draws = zip(*parts, strict=True)
         return concatenate(drawn), jax.tree.map(lambda *x: np.concatenate(x), *told), float(np.mean(draws))
 

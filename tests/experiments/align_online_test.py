@@ -54,9 +54,10 @@ NOBODY = init_players(METHODS["rloo"], np.zeros(1, np.float32), optax.sgd(0.1))
 
 @pytest.fixture
 def drawing(home, tmp_path, monkeypatch):
-    """One mini-batch of a record by a policy that writes at random, without a model: its NumPy arrays."""
+    """Mini-batches of a record by a policy that writes at random, without a model: their NumPy arrays."""
 
     def at_random(key, players, source, prompts, num):
+        drawing.events.append("draw")
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
         length = rng.integers(1, T + 1, (len(prompts.prompt), num, 1))
         mask = np.arange(T) < length
@@ -66,7 +67,7 @@ def drawing(home, tmp_path, monkeypatch):
 
     monkeypatch.setattr(align_online, "model_sample", lambda **_: at_random)
 
-    def drawing(method, *, reward=None, seed=1, **changes):
+    def drawing(method, *, reward=None, seed=1, minibatches=1, **changes):
         config = config_of(home, tmp_path, method, **changes)
         tokenizer = align_world.text.load_tokenizer(home / "policy")
         rows = align_world.prompt_rows(config.prompts, 18, seed=0)[: config.num_prompts]
@@ -76,9 +77,11 @@ def drawing(home, tmp_path, monkeypatch):
             given=align_given.load_given(config, METHODS[align_config.RECORDS[method]], rows, tokenizer),
         )  # fmt: skip
         record = align_config.record_of(method, num_candidates=4, steps=config.steps)
-        drawn, told, draws = align_online._drawing(world, record, minibatches=1)(NOBODY, jax.random.key(seed), 0)
+        draw = align_online._drawing(world, record, minibatches=minibatches)
+        drawn, told, draws = draw(NOBODY, jax.random.key(seed), 0)
         return world, drawn, told, draws
 
+    drawing.events = []
     return drawing
 
 
@@ -130,6 +133,22 @@ def some_tie(prompts, completions):
 
 def all_tie(prompts, completions):
     return [1.0] * len(prompts)
+
+
+def test_the_next_mini_batch_is_begun_before_the_last_one_is_rewarded(drawing):
+    """What a mini-batch is told is of its own candidates all the same."""
+
+    def length(prompts, completions):
+        drawing.events.append("reward")
+        return [float(len(said.split())) for said in completions]
+
+    world, drawn, told, _ = drawing("rebel", reward=length, minibatches=3, steps=12, num_prompts=16)
+    assert drawing.events == ["draw", "draw", "reward", "draw", "reward", "reward"]
+    np.testing.assert_array_equal(told.reward, [[len(said.split()) for said in group] for group in world.texts(drawn)])
+    order = align_online.epoch_batches(16, 8, seed=world.config.seed)
+    asked = [world.rows["train"][i].prompt for step in range(3) for i in order(step)]
+    assert shown(world, drawn) == asked
+    assert len({row.tobytes() for row in drawn.completion}) > 20
 
 
 class TestDynamicSampling:

@@ -16,7 +16,7 @@ from tiltjax.data.candidates import Candidates
 from tiltjax.models import lora
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import rounds as loop
-from tiltjax.train.method import Feedback, Method, ReferenceUpdate, View
+from tiltjax.train.method import Batch, Feedback, Method, ReferenceUpdate, View
 from tiltjax.train.methods import METHODS, get_method
 from tiltjax.train.methods.labels import actor_critic, judged
 from tiltjax.train.methods.preference import PAIRWISE
@@ -137,6 +137,60 @@ def test_label_advantage_and_loss_of_every_record_fit(name):
     assert name == method.name
 
 
+def test_records_say_whether_they_read_the_reference(monkeypatch):
+    """Label, advantage, memory and loss, traced: a record that says no gets none, one that says yes needs it."""
+    read = []
+    monkeypatch.setattr(Batch, "ref", property(lambda batch: read.append(batch) or batch.reference))
+
+    def trace(method):
+        players = loop.init_players(method, TABLE, TX)
+        drawn = loop.collect(method, players, prompts(8), jax.random.key(0), sample=sample)
+        _, batch = loop.prepare(method, players, drawn, score(drawn), jax.random.key(1), view=view, beta=0.5)
+        return method.loss(view(TABLE, batch.candidates), batch, 0.5)
+
+    found = {}
+    for name, method in METHODS.items():
+        read.clear()
+        jax.eval_shape(functools.partial(trace, dataclasses.replace(method, reads_reference=True)))
+        found[name] = bool(read)
+    assert found == {name: method.reads_reference for name, method in METHODS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"), [("sft", 1), ("raft", 1), ("best_of_n_sft", 1), ("simpo", 1), ("online_orpo", 1), ("dpo", 2),
+                        ("ppo", 2), ("rloo", 2)],
+)  # fmt: skip
+def test_the_reference_is_asked_where_it_is_read(name, calls):
+    """And the KL to it is measured there only."""
+    method, asked = get_method(name), []
+
+    def counted(params, candidates):
+        asked.append(params)
+        return view(params, candidates)
+
+    def run():
+        players = loop.init_players(method, TABLE, TX)
+        drawn = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
+        _, batch = loop.prepare(method, players, drawn, score(drawn), jax.random.key(1), view=counted, beta=0.5)
+        assert (asked[-1] is players.reference) == (calls == 2)
+        assert (batch.reference is None) == (calls == 1)
+        return loop.measures(view(TABLE, batch.candidates), batch)
+
+    measured = jax.eval_shape(run)
+    assert len(asked) == calls
+    assert {"kl_k1", "kl_k3"} & set(measured) == ({"kl_k1", "kl_k3"} if calls == 2 else set())
+
+
+def test_a_round_without_a_reference_learns():
+    after, metrics = jax.jit(lambda p: one_round(get_method("raft"), start=p))(
+        loop.init_players(get_method("raft"), TABLE, TX)
+    )
+    assert np.abs(np.asarray(after.state.params["logits"] - TABLE["logits"])).max() > 0.01
+    assert {"loss", "grad_norm", "off_policy", "entropy", "reward", "length"} == set(metrics)
+    with pytest.raises(ValueError, match="reads_reference must be True for a method that reads the reference's view"):
+        jax.eval_shape(lambda: one_round(dataclasses.replace(get_method("dpo"), reads_reference=False)))
+
+
 def test_pairwise_losses_take_pairs_and_differ():
     """Offline and online, the pairwise records are that of DPO with another loss."""
     batch = batch_of("dpo")
@@ -217,7 +271,7 @@ def test_padding_moves_no_metric_no_loss_and_no_gradient(name):
     def spoil(x):
         return np.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 3)), x, np.float32(np.nan))
 
-    changes = {seen: jax.tree.map(spoil, getattr(batch, seen)) for seen in ("old", "ref")}
+    changes = {seen: jax.tree.map(spoil, getattr(batch, seen)) for seen in ("old", "reference")}
     if batch.advantage is not None and batch.advantage.ndim == 3:
         changes["advantage"] = spoil(batch.advantage)
     tokens = np.where(mask, batch.candidates.completion, 3)

@@ -90,7 +90,7 @@ class Batch:
       candidates: Prompts, completions and masks; ``where`` is always there, ``reward`` is what the method climbs.
       source: Which entry of `Method.draw` wrote each, ``[B, N]``.
       old: The policy's view at the start of the round.
-      ref: The reference's view.
+      reference: The reference's view; None where the method does not read it. `ref` is the same for those who do.
       advantage: ``[B, N]`` or ``[B, N, T]``; None where the loss needs none.
       returns: Targets of the critics, ``[B, N, T, H]``.
       fresh: True on rows of the first step of a round, where the policy still is the old one, ``[B]``.
@@ -99,10 +99,21 @@ class Batch:
     candidates: Candidates
     source: Int[Array, "B N"]
     old: View
-    ref: View
+    reference: View | None = None
     advantage: Float[Array, "..."] | None = None
     returns: Float[Array, "B N T H"] | None = None
     fresh: Bool[Array, "B"] | None = None
+
+    @property
+    def ref(self) -> View:
+        """The reference's view, for who reads it.
+
+        Raises:
+          ValueError: If there is none: the record says that nobody does.
+        """
+        if self.reference is None:
+            raise ValueError("reads_reference must be True for a method that reads the reference's view, got False")
+        return self.reference
 
     @property
     def where(self) -> Bool[Array, "B N"]:
@@ -240,6 +251,8 @@ class Method:
       memory: What else the method keeps.
       cross: If above 1, every prompt with a single candidate also gets those of the next ``cross - 1`` prompts, for
         losses that compare completions across prompts; the prompt's own stays first.
+      reads_reference: Whether loss, label, advantage or memory read `Batch.ref`. Where none does, the reference is
+        asked nothing, and the KL to it is not measured.
       critics: How many critics read the policy's hidden state (`tiltjax.train.policy.with_critics`).
       resample: Most times that a round draws further prompts in place of those whose candidates all have one reward.
         Only a loop on the host can; inside one `jax.jit` the label masks them.
@@ -266,6 +279,7 @@ class Method:
     reference: ReferenceUpdate = ReferenceUpdate()
     memory: Memory | None = None
     cross: int = 1
+    reads_reference: bool = True
     critics: int = 0
     resample: int = 0
     mixture: float = 0.5

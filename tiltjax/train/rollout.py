@@ -23,9 +23,9 @@ from tiltjax.samplers.continuous import decode_queue, grid_of
 from tiltjax.samplers.decode import Decoded, decode
 from tiltjax.train import distributed
 from tiltjax.train.sharding import BATCH
-from tiltjax.types import Array, Bool, Float, Int, Params, PRNGKey
+from tiltjax.types import Array, Bool, Float, Int, Params, PRNGKey, PyTree
 
-__all__ = ["collect", "make_sampler", "make_scorer", "narrow", "score_all"]
+__all__ = ["collect", "make_sampler", "make_scorer", "narrow", "overlapped", "score_all", "whole_on_every_host"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def collect(
             return part
         drawing = mask[rows] & (np.arange(batch_size) < real)[:, None]  # Prompts that fill up draw nothing.
         here = (tokens[rows[mine], :width], drawing[mine, :width], rows[mine].astype(np.int32))
-        return _whole(sampler(key, model, *distributed.global_batch(here, sharding, batch_size)), sharding)
+        return whole_on_every_host(sampler(key, model, *distributed.global_batch(here, sharding, batch_size)), sharding)
 
     def finish(i: int, part: Candidates | Decoded) -> Candidates:
         rows = plan[i].rows[: plan[i].real]
@@ -232,7 +232,7 @@ def collect(
 
     parts = []
     with tqdm(total=len(tokens), desc=description, unit="prompt", disable=not writes) as bar:
-        for i, part in _overlapped(range(len(plan)), start, finish):
+        for i, part in overlapped(range(len(plan)), start, finish):
             parts.append(part)
             bar.update(plan[i].real)
     order = np.concatenate([batch.rows[: batch.real] for batch in plan])
@@ -284,14 +284,23 @@ def score_all(
     out = np.zeros(bare.completion.shape[:2], np.float32)
     silent = description is None or not distributed.is_main()
     with tqdm(total=len(lengths), desc=description, unit="prompt", disable=silent) as bar:
-        for batch, logp in _overlapped(plan, start, lambda _, logp: distributed.fetch(logp)):
+        for batch, logp in overlapped(plan, start, lambda _, logp: distributed.fetch(logp)):
             out[batch.rows[: batch.real]] = logp[: batch.real]
             bar.update(batch.real)
     return out
 
 
-def _overlapped(work: Iterable[Any], start: Callable[[Any], Any], finish: Callable[[Any, Any], Any]) -> Iterator[tuple]:
-    """``(x, finish(x, start(x)))`` of every x in turn; the next x is started before the last one is finished."""
+def overlapped(work: Iterable[Any], start: Callable[[Any], Any], finish: Callable[[Any, Any], Any]) -> Iterator[tuple]:
+    """``(x, finish(x, start(x)))`` of every x in turn; the next x is started before the last one is finished.
+
+    Args:
+      work: What is to be done.
+      start: Dispatches to the devices, and does not wait for them.
+      finish: Waits.
+
+    Yields:
+      The pairs.
+    """
     begun: list[tuple] = []
     for x in work:
         begun.append((x, start(x)))  # Dispatched, not awaited.
@@ -312,8 +321,16 @@ def _trim(part: Candidates, S: int, T: int) -> Candidates:
     )
 
 
-def _whole(drawn: Decoded, sharding: Sharding | None) -> Decoded:
-    """Starts the exchange between hosts right behind the draw: begun later, it would wait for the next batch."""
+def whole_on_every_host(drawn: PyTree, sharding: Sharding | None) -> PyTree:
+    """Starts the exchange between hosts right behind the draw: begun later, it would wait for the next batch.
+
+    Args:
+      drawn: Arrays that the devices are going to fill.
+      sharding: Of the prompts.
+
+    Returns:
+      The same, with several hosts whole on each of them.
+    """
     if jax.process_count() == 1 or not isinstance(sharding, NamedSharding):
         return drawn
     return jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(drawn)

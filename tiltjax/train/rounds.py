@@ -8,7 +8,7 @@ is one round.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -25,7 +25,7 @@ from tiltjax.train.state import TrainState, init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Array, Numeric, Params, PRNGKey, PyTree
 
-__all__ = ["collect", "fit", "init_players", "measures", "objective", "play", "prepare"]
+__all__ = ["collect", "draw", "fit", "init_players", "join", "measures", "objective", "play", "prepare"]
 
 
 def init_players(method: Method, params: Params, tx: optax.GradientTransformation) -> Players:
@@ -65,8 +65,37 @@ def collect(method: Method, players: Players, prompts: Candidates, key: PRNGKey,
       `Candidates` with ``old_token_logp``, in the order of `Method.draw`; with `Method.cross`, the prompt's own one
       first and without ``old_token_logp``.
     """
+    return join(method, prompts, draw(method, players, prompts, key, sample=sample))
+
+
+def draw(method: Method, players: Players, prompts: Candidates, key: PRNGKey, *, sample: Sample) -> list[Candidates]:
+    """The first half of `collect`: begins what may go on while the host does something else.
+
+    Args:
+      method: The record.
+      players: Policies.
+      prompts: As for `collect`.
+      key: Consumed.
+      sample: `Sample`.
+
+    Returns:
+      What every source of `Method.draw` wrote.
+    """
     keys = jax.random.split(key, len(method.draw))
-    parts = [sample(k, players, source, prompts, num) for k, (source, num) in zip(keys, method.draw, strict=True)]
+    return [sample(k, players, source, prompts, num) for k, (source, num) in zip(keys, method.draw, strict=True)]
+
+
+def join(method: Method, prompts: Candidates, parts: Sequence[Candidates]) -> Candidates:
+    """The second half of `collect`: the candidates of a prompt side by side.
+
+    Args:
+      method: The record.
+      prompts: As for `collect`.
+      parts: From `draw`.
+
+    Returns:
+      As `collect`.
+    """
     names = ("completion", "completion_mask", "old_token_logp")
     joined = {name: jnp.concatenate([getattr(part, name) for part in parts], axis=1) for name in names}
     if method.cross > 1:
@@ -107,7 +136,7 @@ def prepare(
         candidates=dataclasses.replace(candidates, where=where, reward=feedback.reward),
         source=jnp.broadcast_to(jnp.array(sources)[None], where.shape),
         old=view(players.state.params, candidates),
-        ref=view(players.reference, candidates),
+        reference=view(players.reference, candidates) if method.reads_reference else None,
     )
     now = Round(feedback=feedback, beta=beta, key=key, round=players.round, memory=players.memory, view=view)
     if method.memory is not None:
@@ -129,8 +158,8 @@ def objective(method: Method, *, view: ViewFn, beta: Numeric) -> Callable:
       beta: Strength of the KL term; may be traced.
 
     Returns:
-      A `tiltjax.train.step.LossFn`; logs the ratio's distance from 1, two estimates of the KL to the reference, the
-      entropy (nats per token), and reward and length of the candidates that count.
+      A `tiltjax.train.step.LossFn`; logs the ratio's distance from 1, two estimates of the KL to the reference (where
+      the method reads it), the entropy (nats per token), and reward and length of the candidates that count.
     """
 
     def loss_fn(params: Params, frozen: Params, batch: Batch, key: PRNGKey):
@@ -148,17 +177,21 @@ def measures(now: View, batch: Batch) -> dict[str, Average]:
     """Metrics over real tokens and candidates only."""
     now, mask = jax.lax.stop_gradient(now), batch.mask
     real = batch.where & jnp.any(batch.candidates.completion_mask, axis=-1)
-    to_old, to_ref = (
-        jnp.sum(jnp.where(mask, now.token_logp - other.token_logp, 0), axis=-1) for other in (batch.old, batch.ref)
-    )
-    return {
-        "off_policy": average(jnp.abs(jnp.expm1(jnp.minimum(to_old, 20.0))), real),
-        "kl_k1": average(to_ref, real),
-        "kl_k3": average(jnp.expm1(jnp.minimum(-to_ref, 20.0)) + to_ref, real),
+
+    def ratio(other: View) -> Array:
+        return jnp.sum(jnp.where(mask, now.token_logp - other.token_logp, 0), axis=-1)
+
+    measured = {
+        "off_policy": average(jnp.abs(jnp.expm1(jnp.minimum(ratio(batch.old), 20.0))), real),
         "entropy": average(now.entropy, mask),
         "reward": average(batch.reward, real),
         "length": average(jnp.sum(mask, axis=-1).astype(jnp.float32), real),
     }
+    if batch.reference is None:
+        return measured
+    to_ref = ratio(batch.reference)
+    kl = {"kl_k1": to_ref, "kl_k3": jnp.expm1(jnp.minimum(-to_ref, 20.0)) + to_ref}
+    return measured | {name: average(value, real) for name, value in kl.items()}
 
 
 def fit(

@@ -78,6 +78,7 @@ PAIRWISE: dict[str, tuple[Loss, str, float]] = {
 """Name of every pairwise loss: the loss, its paper and the paper's beta. Each makes two records, offline and online."""
 
 _TILTS = ("dpo",)  # The others tend to another tilt, or to none: each loss says which.
+_FREE = ("slic", "simpo", "cpo", "orpo")  # Of a reference: those with ``ref=False``.
 
 
 def _ranked(logp: Array, batch: Batch, beta: Numeric) -> Array:
@@ -106,7 +107,7 @@ def _dpo_from_sampler(logp: Array, batch: Batch, beta: Numeric) -> Array:
 def _offline(name: str) -> Method:
     loss, paper, beta = PAIRWISE[name]
     return Method(name, paper, loss, (("initial", 2),), "preference", label=judged, rounds=1, beta=beta,
-                  learning_rate=1e-6, optimum="tilt" if name in _TILTS else "none",
+                  reads_reference=name not in _FREE, learning_rate=1e-6, optimum="tilt" if name in _TILTS else "none",
                   units="preference" if name == "ipo" else "reward")  # fmt: skip
 
 
@@ -120,7 +121,8 @@ PREFERENCE = (
     *map(_offline, PAIRWISE),
     *map(_online, PAIRWISE),
     Method("dpo_best_worst", "Swamy et al., 2025, arXiv:2503.01067", per_completion(_dpo_from_sampler),
-           (("current", 25),), "preference", label=best_and_worst, beta=0.05, learning_rate=3e-7, optimum="none"),
+           (("current", 25),), "preference", label=best_and_worst, reads_reference=False, beta=0.05, learning_rate=3e-7,
+           optimum="none"),
     Method("plackett_luce", RAFAILOV, per_completion(_ranked), (("initial", 4),), "preference", label=ranked,
            rounds=1, learning_rate=1e-6),
     Method("nca", "Chen et al., 2024, arXiv:2402.05369", per_completion(_nca), (("initial", 4),), rounds=1,
