@@ -51,7 +51,6 @@ from tiltjax.tilt.temperature import beta_for_ess
 from tiltjax.train import distributed, evaluate
 from tiltjax.train.config import define_flags, from_flags
 from tiltjax.train.distributed import Hosts
-from tiltjax.train.hardware import compilation_cache, return_memory_after_compiling
 from tiltjax.train.metrics import bootstrap_interval
 
 _LOG = logging.getLogger(__name__)
@@ -134,8 +133,6 @@ def main() -> None:
     """Reads the flags, joins the other hosts and runs."""
     config = from_flags(AlignConfig)
     distributed.initialize(from_flags(Hosts))
-    compilation_cache(config.compilation_cache)
-    return_memory_after_compiling()
     with distributed.ends_with_the_others():
         run(config)
 

@@ -4,18 +4,23 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 from experiments.align_given import NEEDS
+from tiltjax.models.config import ATTENTION, REMAT
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.train import distributed, methods
 from tiltjax.train.config import field, save_config
 from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.method import Method
 
-__all__ = ["FREE", "METHODS", "RECORDS", "AlignConfig", "open_run", "record_of"]
+__all__ = ["FREE", "METHODS", "RECORDS", "AlignConfig", "attention_field", "open_run", "record_of", "remat_field"]
 
 FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
 """Settings that move no number of a run."""
+
+_HOW = ("remat", "attention")
+"""How a run computes, not what: they move its numbers by rounding, and what another way has computed is no other."""
 
 _OFFLINE = ("tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
 
@@ -32,6 +37,26 @@ METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importan
 
 PACKABLE = ("tilted_mle", "best_of_n_sft", "sft")
 """Methods that fit candidates of which each counts by a weight, whatever the policy says of them."""
+
+
+def remat_field() -> Any:
+    """The field of an experiment's configuration that is the policy's ``remat``."""
+    return field(
+        "full",
+        "What the backward pass computes again of each block, to save memory: all of it, all but the matrix products "
+        "(dots), or nothing.",
+        choices=REMAT,
+    )
+
+
+def attention_field() -> Any:
+    """The field of an experiment's configuration that is the policy's ``attention``."""
+    return field(
+        "auto",
+        "How attention is computed: plain is the reference path, which stores all scores; fused does not; auto is "
+        "fused on GPUs and TPUs where shapes and types permit it, else plain.",
+        choices=ATTENTION,
+    )
 
 
 def record_of(name: str, *, num_candidates: int, steps: int) -> Method:
@@ -106,6 +131,8 @@ class AlignConfig:
     compute_dtype: str = field(
         "auto", "Operand type of matrix products; sums and logits are float32.", choices=("auto", "float32", "bfloat16")
     )
+    remat: str = remat_field()
+    attention: str = attention_field()
     sample_batch: int = field(8, "Prompts sampled (their number of candidates, from a queue) and scored at a time.")
     checkpoint_every: int = field(8, "Steps between checkpoints.")
     compilation_cache: str = compilation_cache_field()
@@ -138,8 +165,8 @@ class AlignConfig:
                     raise ValueError(f"--method={self.method} needs --{flag}")
 
     def fingerprint(self) -> str:
-        """Of everything that decides the numbers."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
+        """Of everything that decides the numbers, to rounding."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in (*FREE, *_HOW)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

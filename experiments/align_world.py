@@ -180,6 +180,8 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     model = pretrained.load(
         source,
         compute_dtype=dtype,
+        remat=config.remat,
+        attention=config.attention,
         sharding=lambda path, shape: NamedSharding(mesh, param_spec(path, shape, mesh)),
     )
     sampler = make_sampler(

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from experiments import arena_report
 from experiments.arena_run import Budget, run
 from experiments.arena_world import World, WorldConfig, make_world
-from experiments.launch import program
+from experiments.launch import prepare_process, program
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train.config import define_flags, field, from_flags, write_text
 from tiltjax.train.method import Method
@@ -134,6 +134,7 @@ _WORLD: list[World] = []
 
 
 def _start(config: WorldConfig, leaves: list[np.ndarray]) -> None:
+    prepare_process()
     _WORLD.append(make_world(config, leaves=leaves))
 
 

@@ -1,7 +1,8 @@
-"""What every experiment does around its job: the command line, the run directory, the command that made a report."""
+"""What every experiment does around its job: the process, the command line, the run directory, a report's command."""
 
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 import shlex
@@ -9,16 +10,17 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
-from absl import app
+from absl import app, flags
 from absl import logging as absl_logging
 
 from tiltjax.train.config import load_config
+from tiltjax.train.hardware import CACHE, compilation_cache, return_memory_after_compiling
 
-__all__ = ["check_run", "command", "program"]
+__all__ = ["check_run", "command", "prepare_process", "program"]
 
 
 def program(job: Callable[[], Any]) -> Callable[[list[str]], None]:
-    """Makes a job the ``main`` of `absl.app.run`.
+    """Makes a job the ``main`` of `absl.app.run`, in a process as `prepare_process` leaves it.
 
     Bad input ends in one line and exit status 2, or with ``TILTJAX_TRACEBACK`` set in a traceback.
 
@@ -33,7 +35,7 @@ def program(job: Callable[[], Any]) -> Callable[[list[str]], None]:
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        absl_logging.set_verbosity(absl_logging.WARNING)
+        prepare_process()
         try:
             status = job()
         except (ValueError, OSError, ImportError) as error:
@@ -45,6 +47,20 @@ def program(job: Callable[[], Any]) -> Callable[[list[str]], None]:
             sys.exit(status)
 
     return main
+
+
+def prepare_process() -> None:
+    """What this process says, where its compiled programs are kept, and the memory that it gives back.
+
+    The loggers "tiltjax" and "experiments" speak from INFO on, all others from WARNING on. Programs are kept in the
+    directory of the flag ``compilation_cache``, or where there is no such flag, in `tiltjax.train.hardware.CACHE`.
+    """
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    for name in ("tiltjax", "experiments"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    told = flags.FLAGS
+    compilation_cache(str(told["compilation_cache"].value) if "compilation_cache" in told else CACHE)
+    return_memory_after_compiling()
 
 
 def check_run(config: Any, *, free: Collection[str]) -> pathlib.Path:

@@ -30,13 +30,13 @@ import jax
 from absl import app
 
 from experiments import online_report
-from experiments.align_config import RECORDS, AlignConfig, record_of
+from experiments.align_config import RECORDS, AlignConfig, attention_field, record_of, remat_field
 from experiments.launch import check_run, program
 from experiments.online_measure import task_numbers
 from experiments.online_world import make_bench, play, reference
 from tiltjax.ops.checks import check_at_least, check_choice
 from tiltjax.train.config import define_flags, field, from_flags, save_config
-from tiltjax.train.hardware import compilation_cache, compilation_cache_field, return_memory_after_compiling
+from tiltjax.train.hardware import compilation_cache_field
 
 __all__ = ["TASKS", "OnlineConfig", "run"]
 
@@ -78,6 +78,8 @@ class OnlineConfig:
     compute_dtype: str = field(
         "auto", "Operand type of matrix products; sums and logits are float32.", choices=("auto", "float32", "bfloat16")
     )
+    remat: str = remat_field()
+    attention: str = attention_field()
     sample_batch: int = field(48, "Held-out prompts sampled and scored at a time.")
     checkpoint_every: int = field(6, "Rounds between checkpoints, at each of which the policy is read.")
     compilation_cache: str = compilation_cache_field()
@@ -106,7 +108,8 @@ class OnlineConfig:
         puzzle = f"reasoning_gym:{self.puzzle}"
         read = self.puzzle_candidates if task == "puzzles" else self.sentiment_candidates
         same = ("policy", "beta", "num_prompts", "num_eval_prompts", "steps", "batch_size", "learning_rate",
-                "lora_rank", "mesh", "compute_dtype", "sample_batch", "checkpoint_every", "seed", "resume")  # fmt: skip
+                "lora_rank", "mesh", "compute_dtype", "remat", "attention", "sample_batch", "checkpoint_every", "seed",
+                "resume")  # fmt: skip
         return AlignConfig(
             prompts=puzzle if task == "puzzles" else self.prompts,
             reward=puzzle if task == "puzzles" else self.proxy,
@@ -146,10 +149,7 @@ def run(config: OnlineConfig) -> dict[str, Any]:
 @program
 def main() -> None:
     """Reads the flags and runs."""
-    config = from_flags(OnlineConfig)
-    compilation_cache(config.compilation_cache)
-    return_memory_after_compiling()
-    run(config)
+    run(from_flags(OnlineConfig))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import numpy as np
 from absl import app
 
 from experiments import reward_report
-from experiments.align_config import AlignConfig
+from experiments.align_config import AlignConfig, attention_field, remat_field
 from experiments.align_fit import optimizer
 from experiments.align_world import World, prepare
 from experiments.launch import check_run, program
@@ -40,7 +40,7 @@ from tiltjax.models import lora
 from tiltjax.models.heads import RewardModel, is_trainable
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
 from tiltjax.train.config import define_flags, field, from_flags, save_config
-from tiltjax.train.hardware import compilation_cache, compilation_cache_field, return_memory_after_compiling
+from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.learned_reward import reward_all, save_reward_model
 from tiltjax.train.loop import fit
 from tiltjax.train.reward_model import (
@@ -99,6 +99,8 @@ class RewardConfig:
     compute_dtype: str = field(
         "auto", "Operand type of matrix products; sums and logits are float32.", choices=("auto", "float32", "bfloat16")
     )
+    remat: str = remat_field()
+    attention: str = attention_field()
     sample_batch: int = field(8, "Prompts sampled and scored at a time.")
     checkpoint_every: int = field(24, "Steps between checkpoints.")
     compilation_cache: str = compilation_cache_field()
@@ -136,6 +138,8 @@ class RewardConfig:
             sample_batch=self.sample_batch,
             mesh=self.mesh,
             compute_dtype=self.compute_dtype,
+            remat=self.remat,
+            attention=self.attention,
             seed=self.seed,
             output=self.output,
         )
@@ -269,10 +273,7 @@ def _spec(config: RewardConfig, world: World, kind: str) -> RewardSpec:
 @program
 def main() -> None:
     """Reads the flags and runs."""
-    config = from_flags(RewardConfig)
-    compilation_cache(config.compilation_cache)
-    return_memory_after_compiling()
-    run(config)
+    run(from_flags(RewardConfig))
 
 
 if __name__ == "__main__":

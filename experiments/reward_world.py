@@ -216,7 +216,7 @@ def judge(policy: str, config: AlignConfig, *, criterion: str, batch_size: int) 
 
     Args:
       policy: As on the command line.
-      config: Of the run, for the type of its matrix products.
+      config: Of the run, for the type of its matrix products and its attention.
       criterion: What "better" means, to complete the question "Which continuation ...?".
       batch_size: Questions at a time.
 
@@ -229,7 +229,7 @@ def judge(policy: str, config: AlignConfig, *, criterion: str, batch_size: int) 
     source = source_of(policy)
     tokenizer = text.load_tokenizer(source)
     dtype = fast_dtype() if config.compute_dtype == "auto" else config.compute_dtype
-    model: Transformer = pretrained.load(source, compute_dtype=dtype)
+    model: Transformer = pretrained.load(source, compute_dtype=dtype, attention=config.attention)
     answers = text.encode_completions(tokenizer, ["A", "B"], eos=False)
 
     def compare(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:

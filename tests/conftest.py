@@ -19,6 +19,16 @@ def eight_devices():
     assert jax.device_count() == 8, "the tests need 8 fake devices"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def undisturbed():
+    """A program that a test calls in this process sets nothing for the others, and writes into nobody's cache."""
+    from experiments import launch  # Not before the types are watched.
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "prepare_process", lambda: None)
+        yield
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -85,11 +86,11 @@ def unbroken(home, start):
     process = start(*arguments(settings(home, home / "unbroken")))
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    return home / "unbroken", out
+    return home / "unbroken", out, err
 
 
 def test_writes_all_that_it_promises(home, unbroken):
-    directory, out = unbroken
+    directory, out, _ = unbroken
     assert {*ARTEFACTS, "candidates", "checkpoints", "hf", "tensorboard"} == {p.name for p in directory.iterdir()}
     for name in ("frontier.png", "ess.png"):
         data = (directory / name).read_bytes()
@@ -111,8 +112,20 @@ def test_writes_all_that_it_promises(home, unbroken):
     assert str(directory / "report.md") in out
 
 
+def test_says_how_much_it_compiles_and_nothing_of_what_jax_does(unbroken):
+    _, out, err = unbroken
+    lines = [line for line in err.splitlines() if line.startswith("I")]
+    assert ["rollout.py" in line for line in lines] == [True] * len(lines)
+    said = [line.partition("] ")[2] for line in lines]
+    assert [line.partition(":")[0] for line in said] == [
+        "sample train", "sample heldout", "sample heldout-tuned", "score tuned"
+    ]  # fmt: skip
+    assert re.fullmatch(r"sample train: 8 rows in 1 batches of 1 shapes \(compilations\) .*; padding .*", said[0])
+    assert "compilations" not in out
+
+
 def test_export_is_the_last_checkpoint(home, unbroken):
-    directory, _ = unbroken
+    directory, *_ = unbroken
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["4", "6"]
     with ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.restore(directory / "checkpoints" / "6" / "state")
@@ -219,6 +232,22 @@ def test_truncated_prompts_are_named_by_file_and_line(home, tmp_path, refused):
     (tmp_path / "cut.jsonl").write_text(lines[: len(lines) - 9])
     line = refused(settings(home, tmp_path / "run", prompts=tmp_path / "cut.jsonl"))
     assert f"{tmp_path}/cut.jsonl:12: invalid JSON" in line
+
+
+@pytest.mark.parametrize(
+    ("flags_", "attention", "remat"),
+    [
+        ({}, "auto", "full"),
+        ({"attention": "plain", "remat": "dots"}, "plain", "dots"),
+        ({"remat": "none"}, "auto", "none"),
+    ],
+)
+def test_flags_say_how_the_policy_computes(home, tmp_path, flags_, attention, remat):
+    """They reach the model, and are no part of a fingerprint: candidates and reference stay those that they were."""
+    options = settings(home, tmp_path, batch_size=8, sample_batch=8)
+    worlds = [align_world.prepare(AlignConfig(**options | changes), tmp_path) for changes in ({}, flags_)]
+    assert (worlds[1].model.config.attention, worlds[1].model.config.remat) == (attention, remat)
+    assert worlds[0].fingerprint == worlds[1].fingerprint
 
 
 @pytest.fixture

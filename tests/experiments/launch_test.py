@@ -1,12 +1,17 @@
 """What every experiment does around its job."""
 
 import dataclasses
+import logging
 
+import jax
 import pytest
-from absl import app
+from absl import app, flags
+from absl import logging as absl_logging
 
 from experiments import launch
 from tiltjax.train.config import field, save_config
+
+prepare_process = launch.prepare_process  # As it is outside of the tests.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,42 @@ def test_a_job_becomes_a_main():
     assert done == [1]
     with pytest.raises(app.UsageError, match="unexpected arguments: --a b"):
         launch.program(lambda: None)(["x", "--a", "b"])
+
+
+@pytest.fixture
+def process(tmp_path, monkeypatch):
+    """This process as it was, with a home of its own; what is given back is counted."""
+    loggers, returned = [logging.getLogger(name) for name in ("tiltjax", "experiments")], []
+    before = [logger.level for logger in loggers], absl_logging.get_verbosity(), jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(launch, "prepare_process", prepare_process)
+    monkeypatch.setattr(launch, "return_memory_after_compiling", lambda: returned.append(1))
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield returned
+    for logger, level in zip(loggers, before[0], strict=True):
+        logger.setLevel(level)
+    absl_logging.set_verbosity(before[1])
+    jax.config.update("jax_compilation_cache_dir", before[2])
+
+
+@pytest.mark.parametrize("told", [None, "elsewhere", ""])
+def test_every_program_keeps_what_it_compiles(tmp_path, monkeypatch, process, told):
+    """Where its flag says, and where it has none, in the home."""
+    own, kept = flags.FlagValues(), []
+    if told is not None:
+        flags.DEFINE_string("compilation_cache", told and str(tmp_path / told), "Of a program.", flag_values=own)
+    monkeypatch.setattr(flags, "FLAGS", own)
+    launch.program(lambda: kept.append(jax.config.jax_compilation_cache_dir))(["x"])
+    home = str(tmp_path / ".cache" / "tiltjax")
+    assert kept == [{None: home, "elsewhere": str(tmp_path / "elsewhere"), "": None}[told]]
+    assert process == [1]
+
+
+def test_programs_speak_of_their_own_work_only(process, caplog):
+    launch.program(lambda: None)(["x"])
+    for name in ("tiltjax.train.rollout", "experiments.align_fit", "absl", "jax._src.dispatch", "orbax.checkpoint"):
+        logging.getLogger(name).info("of %s", name)
+    assert [record.name for record in caplog.records] == ["tiltjax.train.rollout", "experiments.align_fit"]
 
 
 def test_its_value_is_the_exit_status():

