@@ -37,7 +37,7 @@ from tiltjax.train.config import define_flags, field, from_flags, write_text
 
 __all__ = ["PlanConfig", "compile_elsewhere", "job", "predictions", "run", "validate"]
 
-METHODS = ("sft", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
+METHODS = ("sft", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo", "grpo")
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -47,7 +47,11 @@ class PlanConfig:
 
     policy: str = field("EleutherAI/pythia-6.9b", f"One of {', '.join(SHAPES)}; or a local config.json, model or GGUF.")
     mesh: str = field("data:64,fsdp:4", "Device mesh, every size given, such as data:64,fsdp:2,tensor:2.")
-    method: str = field("tilted_mle", "What is fitted.", choices=METHODS)
+    method: str = field(
+        "tilted_mle",
+        "What is fitted; of grpo a gradient step, to which advantages, old and reference log-probabilities are data.",
+        choices=METHODS,
+    )
     batch_size: int = field(256, "Prompts per step, over all devices.")
     num_candidates: int = field(0, "N, completions per prompt; 0 means 1 for sft, 2 for dpo, else 4.")
     prompt_tokens: int = field(256, "S, padded length of a prompt.")

@@ -22,17 +22,26 @@ import jax.numpy as jnp
 import optax
 
 from experiments import plan_hlo
+from experiments.plan_kept import kept
 from experiments.plan_shapes import Shape, num_parameters, step_flops
 from tiltjax.data.candidates import Candidates
 from tiltjax.models import lora
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
+from tiltjax.train import rounds
+from tiltjax.train.method import Feedback
+from tiltjax.train.methods import METHODS
 from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, var_objective
+from tiltjax.train.policy import model_view
 from tiltjax.train.sharding import batch_sharding, make_mesh, sharded_step, shardings
 from tiltjax.train.state import init_state
-from tiltjax.train.step import train_step
+from tiltjax.train.step import LossFn, train_step
 
-__all__ = ["Job", "Step", "analyse", "job_from", "measure", "prepare", "run"]
+__all__ = ["RECORDS", "Job", "Step", "analyse", "job_from", "measure", "prepare", "run"]
+
+RECORDS = ("grpo",)
+"""Methods whose step is a gradient step of a round of `tiltjax.train.rounds`."""
+BETA = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Job:
       model: Of the policy.
       shape: Of the global batch.
       mesh: As `tiltjax.train.sharding.make_mesh` takes it.
-      method: Of `tiltjax.train.objectives.method_kernel`, or "var".
+      method: Of `tiltjax.train.objectives.method_kernel`, "var", or one of `RECORDS`.
       param_dtype: Of parameters and of the optimizer's moments.
       lora_rank: 0 trains all parameters.
       microbatches: Parts of the batch.
@@ -74,6 +83,7 @@ class Step:
     mesh: Any
     tx: Any
     make: Any
+    loss_fn: LossFn
 
 
 def prepare(job: Job) -> Step:
@@ -91,36 +101,48 @@ def prepare(job: Job) -> Step:
         return init_state(trained, tx), frozen
 
     state, frozen = jax.eval_shape(parts)
-    loss_fn = var_objective(beta=0.1) if job.method == "var" else likelihood_objective(_kernel(job.method))
+    loss_fn = _loss(job)
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=job.microbatches)
     function = sharded_step(step, state, frozen, mesh)
-    batch = _batch(job)
-    return Step(function, state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)), mesh, tx, parts)
+    batch = jax.eval_shape(functools.partial(_batch, job, tx=tx), state.params, frozen)
+    return Step(function, state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)), mesh, tx, parts, loss_fn)
 
 
-def _kernel(method: str):
-    return method_kernel(method, beta=0.1)
+def _loss(job: Job) -> LossFn:
+    if job.method == "var":
+        return var_objective(beta=BETA)
+    if job.method not in RECORDS:
+        return likelihood_objective(method_kernel(job.method, beta=BETA))
+
+    def loss_fn(params, frozen, batch, key):
+        objective = rounds.objective(METHODS[job.method], view=model_view(frozen=frozen), beta=BETA)
+        return objective(params, frozen, batch, key)
+
+    return loss_fn
 
 
-def _batch(job: Job) -> Any:
+def _batch(job: Job, params: Any, frozen: Any, *, tx: Any) -> Any:
+    """What a step takes, parameters being there for the views and advantages that a round prepares."""
     B, N, S, T = dataclasses.astuple(job.shape)
-
-    def make():
-        scores = {"reward": jnp.zeros((B, N))} if job.method not in ("sft", "dpo", "var") else {}
-        scores |= {"ref_logp": jnp.zeros((B, N))} if job.method == "dpo" else {}
-        batch = Candidates(
-            prompt=jnp.zeros((B, S), jnp.int32),
-            prompt_mask=jnp.ones((B, S), jnp.bool_),
-            completion=jnp.zeros((B, N, T), jnp.int32),
-            completion_mask=jnp.ones((B, N, T), jnp.bool_),
-            **scores,
-        )
-        if job.method != "var":
-            return batch
+    scores = {"reward": jnp.zeros((B, N))} if job.method not in ("sft", "dpo", "var", *RECORDS) else {}
+    scores |= {"ref_logp": jnp.zeros((B, N))} if job.method == "dpo" else {}
+    batch = Candidates(
+        prompt=jnp.zeros((B, S), jnp.int32),
+        prompt_mask=jnp.ones((B, S), jnp.bool_),
+        completion=jnp.zeros((B, N, T), jnp.int32),
+        completion_mask=jnp.ones((B, N, T), jnp.bool_),
+        **scores,
+    )
+    if job.method == "var":
         crossed = jnp.zeros((B, N, B))
         return VarBatch(candidates=batch, ref_logp=crossed, reward=crossed, own=jnp.arange(B))
-
-    return jax.eval_shape(make)
+    if job.method not in RECORDS:
+        return batch
+    record = dataclasses.replace(METHODS[job.method], draw=(("current", N),))
+    players, told = rounds.init_players(record, params, tx), Feedback(reward=jnp.zeros((B, N)))
+    options: dict[str, Any] = {"view": model_view(frozen=frozen), "beta": BETA}
+    _, ready = rounds.prepare(record, players, batch, told, jax.random.key(0), **options)
+    return ready.change(fresh=jnp.zeros(B, bool))
 
 
 def analyse(job: Job, step: Step, compiled: Any) -> dict[str, Any]:
@@ -133,7 +155,12 @@ def analyse(job: Job, step: Step, compiled: Any) -> dict[str, Any]:
     devices = math.prod(mesh.values())
     counts = plan_hlo.count(compiled.as_text(), mesh)
     stats, costs = compiled.memory_analysis(), compiled.cost_analysis()
-    whole = step_flops(job.model, job.shape, lora_rank=job.lora_rank, devices=devices)
+    rows = mesh["data"] * mesh["fsdp"]
+    whole = step_flops(job.model, job.shape, lora_rank=job.lora_rank, devices=rows)
+    part = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((a.shape[0] // job.microbatches, *a.shape[1:]), a.dtype), step.batch
+    )
+    residuals = kept(step.loss_fn, step.state.params, step.frozen, part, step.key, mesh=step.mesh)
     params = _device_bytes(step.state.params, step.mesh)
     frozen = _device_bytes(step.frozen, step.mesh)
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
@@ -146,6 +173,8 @@ def analyse(job: Job, step: Step, compiled: Any) -> dict[str, Any]:
             "parameters": params + frozen,
             "gradients": params,
             "optimizer": _device_bytes(step.state.opt_state, step.mesh),
+            "activations": sum(one.nbytes for one in residuals if one.of_batch),
+            "kept_parameters": sum(one.nbytes for one in residuals if not one.of_batch),
             "temporaries": stats.temp_size_in_bytes,
             "arguments": arguments,
             "outputs": outputs,

@@ -62,7 +62,14 @@ operations too. "Needed by the mathematics" leaves out what is computed again.
 
 Memory is that of this CPU compilation: products widened to float32 where the CPU has no narrower ones, plain attention
 with all of its scores, and no scheduling for memory. An accelerator's compiler starts from the same sharded program and
-arrives at other temporaries. Gradients are part of the temporaries.
+arrives at other temporaries. Gradients are part of the temporaries, and so is what is kept for the gradient.
+
+Activations are what the forward pass of one part of the batch hands to its backward pass under the chosen remat: all
+arrays that depend on the batch, each divided as XLA places it, the batch itself left out. What depends on parameters
+alone stands below them: a second copy, gathered or converted; parameters as they are stored are left out. Both are read
+from the program before XLA optimises it, which may keep less and compute more. They lie side by side when the forward
+pass ends; the rest of the temporaries comes and goes.
+
 The least traffic is what the products read and write and the arguments
 and results once, as if everything else were fused into them; the traffic as compiled is that of every instruction.
 
@@ -82,6 +89,8 @@ def _device_table(result: dict[str, Any]) -> str:
     sent = sum(one["wire_bytes"] for one in result["collectives"])
     rows = [(name, _gb(memory[name])) for name in ("parameters", "optimizer", "gradients")]
     rows += [
+        ("activations, kept for the gradient", _gb(memory["activations"])),
+        ("parameters, kept for the gradient gathered or converted", _gb(memory["kept_parameters"])),
         ("temporaries (activations, gradients, gathered parameters)", _gb(memory["temporaries"])),
         ("peak memory", _gb(memory["peak"])),
         ("operations, counted", _tera(flops["counted"])),

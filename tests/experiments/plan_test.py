@@ -1,23 +1,27 @@
 import dataclasses
+import gc
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import plan, plan_chips, plan_compile, plan_hlo
 from experiments.plan import PlanConfig
 from experiments.plan_compile import Job
 from experiments.plan_hlo import Collective
+from experiments.plan_kept import kept
 from experiments.plan_shapes import SHAPES, Shape, num_parameters, policy_config, step_flops
 from tiltjax.models import lora
 from tiltjax.models.config import config_to_hf
 from tiltjax.models.transformer import Transformer
-from tiltjax.train.sharding import make_mesh, shard
+from tiltjax.train.sharding import batch_sharding, make_mesh, shard, shardings
 
 ROOT = pathlib.Path(__file__).parents[2]
 PUBLISHED = {"EleutherAI/pythia-1.4b": 1_414_647_808, "EleutherAI/pythia-6.9b": 6_857_302_016,
@@ -155,7 +159,94 @@ def test_collectives_of_a_sharded_step_are_on_known_axes(sharded):
     assert data >= sharded[1]["memory"]["gradients"]
 
 
-@pytest.mark.parametrize("method", ["sft", "var", "var_importance"])
+def test_a_policy_gradient_step_takes_what_a_round_prepares(sharded):
+    job = dataclasses.replace(sharded[0], method="grpo")
+    result = plan_compile.run(job)
+    flops, memory = result["flops"], result["memory"]
+    assert flops["analytic"] * 8 == step_flops(job.model, job.shape, devices=8).executed
+    np.testing.assert_allclose(flops["counted"], flops["analytic"], rtol=1e-3)
+    tokens = 2 * 5 * (12 + 2 * 9)
+    groups = 2 * 2 * (4 + 4 + 1) + 2  # Rewards, advantages, what counts; whether the policy is still the old one.
+    assert memory["arguments"] == memory["parameters"] + memory["optimizer"] + tokens + groups + 2 * 4 * 2 * 2 * 9 + 4
+    batch = plan_compile.prepare(job).batch
+    assert batch.advantage.shape == (16, 2)
+    assert batch.old.token_logp.shape == batch.ref.token_logp.shape == (16, 2, 9)
+
+
+def residuals(job):
+    step = plan_compile.prepare(job)
+    return kept(step.loss_fn, step.state.params, step.frozen, step.batch, step.key, mesh=step.mesh)
+
+
+def test_activations_are_one_residual_per_layer_and_what_the_vocabulary_keeps():
+    model = dataclasses.replace(LLAMA, compute_dtype="float32")
+    job = Job(model, Shape(16, 2, 12, 9), "data:2,fsdp:4")
+    B, N, L, P, D, b = 16, 2, 3, 12 + 2 * 8, 64, 2
+    found = {(one.shape, one.dtype): one for one in residuals(job)}
+    assert found.pop(((L, B, 1, P, D), "float32")).nbytes == L * b * P * D * 4
+    words = B * N * 9
+    assert found.pop(((words, 1, D), "float32")).nbytes == words // 8 * D * 4
+    assert found.pop(((words, 1), "int32")).nbytes == words // 8 * 4  # Tokens; log-normalisers and entropies below.
+    assert found.pop(((words, 1), "float32")).nbytes == words // 8 * 4
+    # What is left: a final norm of the completions, the angles of all positions, and a few numbers per token.
+    norm, angles = 3 * b * N * 9 * D * 4, 2 * b * P * model.rotary_dim // 2 * 4
+    assert sum(one.nbytes for one in found.values()) < 1.5 * (norm + angles)
+    deeper = residuals(dataclasses.replace(job, model=dataclasses.replace(model, num_layers=L + 2)))
+    before, after = (sum(one.nbytes for one in some if one.of_batch) for some in (residuals(job), deeper))
+    assert after - before == 2 * b * P * D * 4
+
+
+def test_what_is_kept_is_what_the_temporaries_of_xla_differ_by():
+    """Between two ways to remat, all else being the same."""
+    model = dataclasses.replace(LLAMA, compute_dtype="float32", vocab_size=512)
+    full, none = (
+        plan_compile.run(Job(dataclasses.replace(model, remat=remat), Shape(16, 2, 64, 33), "data:2,fsdp:4"))["memory"]
+        for remat in ("full", "none")
+    )
+    more = none["activations"] + none["kept_parameters"] - full["activations"] - full["kept_parameters"]
+    assert more > 10 * full["activations"]
+    np.testing.assert_allclose(none["temporaries"] - full["temporaries"], more, rtol=0.1)
+    for memory in (full, none):
+        assert memory["temporaries"] > memory["activations"] + memory["kept_parameters"]
+
+
+def test_parameters_that_are_kept_a_second_time_are_no_activations():
+    model = dataclasses.replace(LLAMA, remat="none", num_layers=5)
+    copies = [one for one in residuals(Job(model, Shape(16, 2, 12, 9), "data:2,fsdp:4")) if not one.of_batch]
+    kernels = [one for one in copies if one.shape == (5, 64, 96)]
+    assert len(kernels) == 2  # Gate and up.
+    assert all(one.nbytes == 5 * 64 * 96 * np.dtype(one.dtype).itemsize for one in kernels)  # Gathered over fsdp.
+
+
+def test_the_memory_of_a_plan_is_that_of_a_step_that_runs():
+    """Planned in another process, which optimises no machine code; run here as training runs it."""
+    job = Job(dataclasses.replace(LLAMA, vocab_size=512), Shape(16, 2, 32, 33), "data:2,fsdp:4")
+    planned = plan.compile_elsewhere(dataclasses.asdict(job))["memory"]
+    step = plan_compile.prepare(job)
+    key = jax.device_put(jax.random.key(0), NamedSharding(step.mesh, P()))
+
+    def held():
+        """Bytes of all arrays on one device."""
+        gc.collect()
+        arrays = [x for x in jax.live_arrays() if jax.devices()[0] in x.sharding.device_set]
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+
+    before = held()
+    state = jax.jit(step.make, out_shardings=shardings((step.state, step.frozen), step.mesh))()[0]
+    assert held() - before == planned["parameters"] + planned["optimizer"] + 4 == planned["donated"]
+    batch = jax.device_put(jax.tree.map(lambda a: np.ones(a.shape, a.dtype), step.batch), batch_sharding(step.mesh))
+    assert held() - before == planned["arguments"]
+    compiled = step.function.lower(step.state, step.batch, step.key, step.frozen).compile()
+    state, metrics = compiled(state, batch, key, None)
+    jax.block_until_ready(state)
+    # The old state has made room for the new one; a few scalars are new.
+    assert held() - before == planned["arguments"] + sum(x.nbytes for x in metrics.values())
+    np.testing.assert_allclose(planned["temporaries"], compiled.memory_analysis().temp_size_in_bytes, rtol=0.1)
+    assert np.isfinite(metrics["loss"])
+    del state, batch
+
+
+@pytest.mark.parametrize("method", ["sft", "var", "var_importance", "grpo"])
 def test_other_methods_lower_too(method):
     config = PlanConfig(policy="mini", mesh="data:4,fsdp:2", batch_size=8, method=method, lora_rank=2)
     job = plan_compile.job_from(plan.job(config))
@@ -247,4 +338,8 @@ def test_the_committed_report_is_that_of_the_command():
     assert text.startswith("# One tilted_mle step of EleutherAI/pythia-6.9b on data:8,fsdp:32\n")
     assert f"{PUBLISHED['EleutherAI/pythia-6.9b']:,} parameters" in text
     assert "--mesh=data:8,fsdp:32 --batch_size=1024" in text
+    # Of 32 layers, 4 prompts of 256 tokens with 4 completions of 127 each, and some more at the end.
+    layers = 32 * 4 * (256 + 4 * 127) * 4096 * 4
+    kept = re.search(r"^\| activations, kept for the gradient \| ([\d.]+) GB \|$", text, re.MULTILINE)
+    assert layers < float(kept[1]) * 1e9 < 1.2 * layers
     assert math.prod(plan.mesh_sizes("data:8,fsdp:32").values()) == 256
