@@ -7,7 +7,7 @@ import pytest
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
 from tiltjax.samplers.continuous import decode_queue, grid_of, occupancy
-from tiltjax.samplers.decode import decode
+from tiltjax.samplers.decode import candidate_keys, decode
 
 P, N, S, T, V = 7, 5, 6, 9, 32
 STOPS, PAD = (3, 7, 11, 19, 23, 27), 0
@@ -93,6 +93,13 @@ def test_the_schedule_moves_no_token(groups, slots, window, options):
         assert occupancy(out, grid) > 0.8
     if groups > P:  # Everything at once is plain decoding.
         assert rounds == lengths.max()
+
+
+def test_a_key_for_each_candidate_is_the_key_of_its_place():
+    some = np.array([4, 2, 0, 3, 3])
+    keys = candidate_keys(jax.random.key(0), P, N)[:, some]
+    out = queue(2, 3)(keys, model(), PROMPT, PROMPT_MASK)
+    np.testing.assert_array_equal(out.completion, one_by_one(None).completion[:, some])
 
 
 def test_prompts_that_fill_up_draw_nothing():

@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
-from tiltjax.samplers.decode import decode
+from tiltjax.samplers.decode import candidate_keys, decode
 from tiltjax.train.sharding import batch_sharding, make_mesh
 
 B, N, S, T, V = 8, 4, 4, 5, 32
@@ -142,6 +142,17 @@ def test_a_key_for_each_prompt_is_the_key_of_its_place():
     mixed = sampler()(keys, tiny_model(), PROMPT[rows], PROMPT_MASK[rows])
     np.testing.assert_array_equal(mixed.completion, out.completion[rows])
     np.testing.assert_allclose(mixed.token_logp, out.token_logp[rows], atol=1e-6)
+
+
+def test_a_key_for_each_candidate_is_the_key_of_its_place():
+    """Some candidates in another order draw the same, each with its own key; so a part of them can be drawn apart."""
+    out, some = drawn(), np.array([2, 0, 3, 3])
+    keys = candidate_keys(jax.random.key(0), B, 2 * N)[:, :N]
+    mixed = sampler()(keys[:, some], tiny_model(), PROMPT, PROMPT_MASK)
+    np.testing.assert_array_equal(mixed.completion, out.completion[:, some])
+    np.testing.assert_allclose(mixed.token_logp, out.token_logp[:, some], atol=1e-6)
+    with pytest.raises(AssertionError, match="shape"):
+        candidate_keys(keys, B, N - 1)
 
 
 def test_other_prompts_do_not_matter():

@@ -5,12 +5,14 @@ import chex
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.train.worlds import ragged_candidates, tiny_model
 from tiltjax.data import candidates as batches
 from tiltjax.samplers.decode import Decoded
+from tiltjax.train import rollout
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
-from tiltjax.train.sharding import batch_sharding, make_mesh
+from tiltjax.train.sharding import batch_sharding, make_mesh, shard
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12], [5]]
 N, T, EOS, PAD = 3, 4, 2, 0
@@ -23,7 +25,8 @@ scorer = functools.cache(make_scorer)
 @functools.cache
 def sampler_of(**options):
     """Ragged completions: eight tokens out of 32 end one."""
-    return make_sampler(num_candidates=N, max_tokens=T, eos_id=tuple(range(3, 32, 4)), pad_id=PAD, **options)
+    options = {"num_candidates": N} | options
+    return make_sampler(max_tokens=T, eos_id=tuple(range(3, 32, 4)), pad_id=PAD, **options)
 
 
 class Counted:
@@ -138,6 +141,88 @@ def test_a_queue_draws_what_batches_draw():
     np.testing.assert_array_equal(other.completion, out.completion)
     np.testing.assert_array_equal(other.completion_mask, out.completion_mask)
     np.testing.assert_allclose(other.old_token_logp, out.old_token_logp, atol=1e-5)
+
+
+def drawn(sampler, num_prompts, model=None):
+    """What the sampler draws of so many prompts of different length."""
+    prompt = 1 + np.arange(num_prompts * 5).reshape(num_prompts, 5) % 31
+    mask = np.arange(5) < 1 + np.arange(num_prompts)[:, None] % 5
+    return sampler(jax.random.key(0), tiny_model() if model is None else model, prompt, mask)
+
+
+def same_tokens(out, expected):
+    np.testing.assert_array_equal(out.completion, expected.completion)
+    np.testing.assert_array_equal(out.completion_mask, expected.completion_mask)
+    for name in ("token_logp", "sampled_token_logp"):
+        np.testing.assert_allclose(getattr(out, name), getattr(expected, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("slots", [None, 8])
+def test_the_candidates_of_one_prompt_are_spread_over_all_devices(slots, temperature):
+    mesh, n = make_mesh("data:4,fsdp:2"), 16
+    options = {"num_candidates": n, "temperature": temperature}
+    out = drawn(sampler_of(slots=slots, mesh=mesh, **options), 1, shard(tiny_model(), mesh))
+    same_tokens(out, drawn(sampler_of(**options), 1))
+    over_candidates = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+    assert all(x.sharding.is_equivalent_to(over_candidates, x.ndim) for x in jax.tree.leaves(out))
+    # Two candidates on each device: it stops with the longer one, and where it has one slot, with the second.
+    lengths = np.asarray(out.completion_mask).sum(-1).reshape(8, n // 8)
+    np.testing.assert_array_equal(out.steps[0] + 1, lengths.max(-1) if slots is None else lengths.sum(-1))
+    if temperature:
+        assert len({row.tobytes() for row in np.asarray(out.completion[0])}) > n / 2
+        assert len(set(out.steps[0].tolist())) > 1
+
+
+@pytest.mark.parametrize("slots", [None, 16])
+@pytest.mark.parametrize(
+    ("B", "n", "share"),
+    [
+        (1, 16, (1, 2)),
+        (8, 16, (1, 16)),
+        (16, 3, (2, 3)),
+        (4, 6, (1, 3)),
+        (2, 8, (1, 2)),
+        (3, 4, (3, 1)),
+        (3, 5, (3, 5)),
+    ],
+    ids=["one prompt", "prompts", "two each", "both", "both, turned", "candidates in part", "neither"],
+)
+def test_what_a_device_does_of_a_call(B, n, share, slots, monkeypatch):
+    """Data 4, fsdp 2: the candidates that each device makes room for, read where the sampler is traced."""
+    seen = []
+
+    def noted(keys, *arguments, **options):
+        rows = options["groups"] * options["slots"] if slots else arguments[1].own[0].value.shape[0]
+        seen.append((keys.shape, rows))
+        return whole[slots is None](keys, *arguments, **options)
+
+    whole = {True: rollout.decode, False: rollout.decode_queue}
+    monkeypatch.setattr(rollout, "decode" if slots is None else "decode_queue", noted)
+    sampler = sampler_of.__wrapped__(num_candidates=n, slots=slots, mesh=make_mesh("data:4,fsdp:2"))
+    shape = jax.eval_shape(functools.partial(drawn, sampler, B))
+    assert shape.completion.shape == (B, n, T)
+    ((keys, rows),) = seen
+    by_compiler = slots is None and share[1] == n  # Prompts that are divided where they lie.
+    assert keys == ((B, n) if by_compiler else share)
+    assert rows == (min(16 * np.prod(share) // (B * n), np.prod(share)) if slots else np.prod(keys))
+
+
+@pytest.mark.parametrize(("B", "n"), [(4, 4), (3, 4), (3, 5)], ids=["both", "candidates in part", "neither"])
+def test_a_call_that_divides_in_part_draws_the_same(B, n):
+    mesh = make_mesh("data:4,fsdp:2")
+    out = drawn(sampler_of(num_candidates=n, slots=16, mesh=mesh), B)
+    same_tokens(out, drawn(sampler_of(num_candidates=n), B))
+
+
+def test_prompts_go_through_one_at_a_time_on_all_devices():
+    mesh = make_mesh("data:4,fsdp:2")
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    out = gather(sampler_of(num_candidates=16, mesh=mesh), batch_size=1, buckets=1, sharding=everywhere)
+    expected = gather(sampler_of(num_candidates=16), batch_size=5, buckets=1)
+    np.testing.assert_array_equal(out.completion, expected.completion)
+    np.testing.assert_array_equal(out.completion_mask, expected.completion_mask)
+    np.testing.assert_allclose(out.old_token_logp, expected.old_token_logp, atol=1e-5)
 
 
 def test_batches_of_another_run_are_refused(tmp_path):

@@ -181,7 +181,7 @@ class _Queue:
 
 
 def decode_queue(
-    key: Key[Array, "*prompts"],
+    key: Key[Array, "*given"],
     prompt: Int[Array, "P S"],
     prompt_mask: Bool[Array, "P S"],
     prefill: Callable[[Int[Array, "G S"], Bool[Array, "G S"]], tuple[Float[Array, "G V"], Any]],
@@ -207,7 +207,7 @@ def decode_queue(
     .. math:: \Big\lceil \frac{1}{G W} \sum_{ij} |y_{ij}| \Big\rceil
 
     Args:
-      key: Typed key, or one per prompt ``[P]``.
+      key: Typed key, or one per prompt ``[P]`` or candidate ``[P, N]``.
       prompt: Right-padded prompt tokens; the whole queue.
       prompt_mask: True on real prompt tokens. Prompts without any fill the end of the queue up and get no completion.
       prefill: ``(prompt, prompt_mask) -> (logits, cache)`` of the first G prompts, with room for W candidates of each.

@@ -40,17 +40,21 @@ Drawn = tuple[Int[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch
 """A token, its log-probability at temperature 1, and that under the distribution that it was drawn from."""
 
 
-def candidate_keys(key: Key[Array, "*prompts"], B: int, N: int) -> Key[Array, "B N"]:
+def candidate_keys(key: Key[Array, "*given"], B: int, N: int) -> Key[Array, "B N"]:
     """One key per candidate, that of prompt i and candidate j alone: ``fold_in(fold_in(key, i), j)``.
 
     Args:
-      key: One key for all prompts, or ``[B]``, what ``fold_in(key, i)`` would be for each.
+      key: One key for all prompts; or ``[B]``, what ``fold_in(key, i)`` would be for each; or ``[B, N]``, the result,
+        where these are some of more candidates and have their keys already.
       B: Number of prompts.
       N: Candidates of each.
 
     Returns:
       Typed keys ``[B, N]``; the token at step t is drawn with ``fold_in(..., t)``.
     """
+    if key.ndim == 2:
+        chex.assert_shape(key, (B, N))
+        return key
     each = jax.vmap(jax.random.fold_in, (None, 0))
     prompts = key if key.ndim else each(key, jnp.arange(B))
     return jax.vmap(each, (0, None))(prompts, jnp.arange(N))
@@ -88,7 +92,7 @@ def draw(
 
 
 def decode(
-    key: Key[Array, "*prompts"],
+    key: Key[Array, "*given"],
     logits: Float[Array, "B V"],
     cache: Any,
     step: Callable[[Int[Array, "B N"], Any], tuple[Float[Array, "B N V"], Any]],
@@ -108,8 +112,8 @@ def decode(
     The prompt's logits are given once and shared by its N candidates. The loop stops at the last live candidate.
 
     Args:
-      key: Typed key, or one per prompt ``[B]``: see `candidate_keys`. A token depends on the key of its prompt, its
-        candidate and its step alone, whatever else is decoded beside it.
+      key: Typed key, or one per prompt ``[B]`` or candidate ``[B, N]``: see `candidate_keys`. A token depends on the
+        key of its prompt, its candidate and its step alone, whatever else is decoded beside it.
       logits: Of the first completion token, from the prefill.
       cache: Whatever ``step`` needs.
       step: ``(token, cache) -> (logits, cache)`` of the next token; `tiltjax.models.Transformer.decode_step` is one.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,14 +21,16 @@ from tiltjax.data.candidates import Candidates
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.tokens import sequence_logp
 from tiltjax.samplers.continuous import decode_queue, grid_of
-from tiltjax.samplers.decode import Decoded, decode
+from tiltjax.samplers.decode import Decoded, candidate_keys, decode
 from tiltjax.train import distributed
-from tiltjax.train.sharding import BATCH
 from tiltjax.types import Array, Bool, Float, Int, Params, PRNGKey, PyTree
 
 __all__ = ["collect", "make_sampler", "make_scorer", "narrow", "overlapped", "score_all", "whole_on_every_host"]
 
 _LOG = logging.getLogger(__name__)
+
+_DIVIDING = ("data", "fsdp")
+"""Axes of a mesh that divide prompts or candidates."""
 
 
 def make_sampler(
@@ -57,44 +60,34 @@ def make_sampler(
       top_p: Likewise.
       slots: Candidates at a time: the B prompts of a call are a queue, and a finished candidate makes room for the next
         one (`tiltjax.samplers.continuous`). None decodes all of them together, to the end of the last.
-      mesh: With ``slots``: every device along ``data`` and ``fsdp`` works on its own share of the queue and of the
-        slots, with whole parameters, and waits for no other. Devices that share a layer (``tensor`` above 1) must go in
-        step: there all candidates are decoded together.
+      mesh: Divides every call over ``data`` and ``fsdp``: an axis divides the prompts where their number allows it,
+        else every prompt's candidates (each device then runs the prompt itself), else nothing: its devices do the same
+        work. With ``slots``, or where candidates are divided, a device works on its own share of the call and of the
+        slots, with whole parameters, and waits for no other. Otherwise prompts are divided as they lie; so are they
+        where devices share a layer (``tensor`` above 1) and must go in step: all candidates are decoded together there.
 
     Returns:
       ``(key, model, prompt [B, S], prompt_mask [B, S], index [B] = 0 .. B - 1) -> Decoded``: prompt i draws with
-      ``fold_in(key, index[i])``.
+      ``fold_in(key, index[i])``, and its candidate j with ``fold_in(..., j)``, on whichever device it is.
     """
-    options: dict[str, Any] = {"num_candidates": num_candidates, "max_tokens": max_tokens, "eos_id": eos_id}
-    options |= {"pad_id": pad_id, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    places = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    options: dict[str, Any] = {"max_tokens": max_tokens, "eos_id": eos_id, "pad_id": pad_id}
+    options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     if mesh is not None and mesh.shape["tensor"] > 1:
-        slots = None
+        mesh = slots = None
 
     def together(keys, model, prompt, prompt_mask):
-        logits, cache = model.prefill(prompt, prompt_mask, num_candidates=num_candidates, max_tokens=max_tokens)
-        step = model.unstacked(len(prompt) * num_candidates).decode_step
-        return decode(keys, logits, cache, step, **options)
+        B, N = keys.shape
+        logits, cache = model.prefill(prompt, prompt_mask, num_candidates=N, max_tokens=max_tokens)
+        step = model.unstacked(B * N).decode_step
+        return decode(keys, logits, cache, step, num_candidates=N, **options)
 
-    def queued(keys, model, prompt, prompt_mask):
-        assert slots is not None
-        groups, width = grid_of(max(1, slots // places), len(prompt), num_candidates)
+    def queued(keys, model, prompt, prompt_mask, *, slots):
+        B, N = keys.shape
+        groups, width = grid_of(slots, B, N)
         prefill = functools.partial(model.prefill, num_candidates=width, max_tokens=max_tokens)
         step = model.unstacked(groups * width).decode_step
-        grid = {"groups": groups, "slots": width}
-        out = decode_queue(keys, prompt, prompt_mask, prefill, model.refill, step, **grid, **options)
-        return dataclasses.replace(out, steps=jnp.asarray(out.steps)[None])
-
-    run = together if slots is None else queued
-    if slots is not None and places > 1:
-        run = jax.shard_map(
-            queued,
-            mesh=mesh,
-            in_specs=(BATCH, PartitionSpec(), BATCH, BATCH),
-            out_specs=BATCH,
-            axis_names={"data", "fsdp"},
-            check_vma=False,
-        )
+        grid = {"groups": groups, "slots": width, "num_candidates": N}
+        return decode_queue(keys, prompt, prompt_mask, prefill, model.refill, step, **grid, **options)
 
     @jax.jit
     def sampler(
@@ -104,11 +97,50 @@ def make_sampler(
         prompt_mask: Bool[Array, "B S"],
         index: Int[Array, "B"] | None = None,
     ) -> Decoded:
-        index = jnp.arange(len(prompt)) if index is None else index
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        B, N = len(prompt), num_candidates
+        index = jnp.arange(B) if index is None else index
+        keys = candidate_keys(jax.vmap(jax.random.fold_in, (None, 0))(key, index), B, N)
+        prompts, candidates = ((), ()) if mesh is None else _axes_for(mesh, B, N)
+        places = 1 if mesh is None else math.prod(mesh.shape[name] for name in (*prompts, *candidates))
+        run = together if slots is None else functools.partial(queued, slots=max(1, slots // places))
+        if mesh is not None and places > 1 and (slots is not None or candidates):
+            run = _divided(run, mesh, prompts, candidates)
         return run(keys, model.cast(model.config.compute_dtype), prompt, prompt_mask)
 
     return sampler
+
+
+def _axes_for(mesh: Mesh, B: int, N: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes that divide B prompts, and those that divide their N candidates; what fits prompts goes to them."""
+    left = [B, N]
+    axes: tuple[list[str], list[str]] = ([], [])
+    for name in _DIVIDING:
+        size = mesh.shape[name]
+        taker = next((i for i in (0, 1) if left[i] % size == 0), None)
+        if taker is not None:
+            left[taker] //= size
+            axes[taker].append(name)
+    return tuple(axes[0]), tuple(axes[1])
+
+
+def _divided(
+    run: Callable[..., Decoded], mesh: Mesh, prompts: tuple[str, ...], candidates: tuple[str, ...]
+) -> Callable:
+    """The same on every device, for its own prompts and candidates, and their keys."""
+
+    def share(*arguments):
+        out = run(*arguments)
+        return dataclasses.replace(out, steps=jnp.asarray(out.steps)[None, None])
+
+    rows, both = PartitionSpec(prompts), PartitionSpec(prompts, candidates)
+    return jax.shard_map(
+        share,
+        mesh=mesh,
+        in_specs=(both, PartitionSpec(), rows, rows),
+        out_specs=both,
+        axis_names=set(_DIVIDING),
+        check_vma=False,
+    )
 
 
 def make_scorer() -> Callable[[Transformer, Candidates], Float[Array, "B N"]]:
@@ -172,7 +204,8 @@ def collect(
       batch_size: Prompts at a time.
       reward: ``(places of b prompts, their candidates) -> [b, N]``, on the host; None leaves the reward out.
       buckets: Most lengths that prompts are padded to, each a compilation; 1 pads all to the longest.
-      sharding: Where a batch of prompts goes; None leaves it on the default device.
+      sharding: Where a batch of prompts goes; None leaves it on the default device. Prompts that cannot be divided go
+        to every device, ``NamedSharding(mesh, PartitionSpec())``: the sampler divides their candidates.
       directory: Where batches are kept.
       fingerprint: Of tokenizer, policy and settings: a kept batch of another one is refused.
       description: Of the progress bar.
