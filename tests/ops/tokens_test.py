@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from tiltjax.ops.collectives import pmean
 from tiltjax.ops.matmul import dot
-from tiltjax.ops.tokens import chunked_kl, eos_mask, sequence_logp, token_logp
+from tiltjax.ops.tokens import eos_mask, sequence_logp, token_logp
 from tiltjax.train.sharding import make_mesh
 
 V, D = 37, 8
@@ -44,6 +44,11 @@ def fields(stats):
 @functools.partial(jax.jit, static_argnums=3, static_argnames=("chunk", "rows", "dtype"))
 def chunked(hidden, head, token, temperature=1.0, **options):
     return fields(token_logp(hidden, head, token, temperature=temperature, **options))
+
+
+def divergence(hidden, head, ref_hidden, ref_head, **options):
+    token = np.zeros(hidden.shape[:-1], int)
+    return token_logp(hidden, head, token, reference=(ref_hidden, ref_head), **options).kl
 
 
 def pulled_back(function, *, dtype=jnp.float64):
@@ -179,25 +184,32 @@ def test_a_block_is_2048_positions_of_every_device(how):
         assert blocks(hidden[:, :4095], token[:, :4095]) == 8 * 4095 // 5
 
 
-@pytest.mark.parametrize("kl", [False, True])
-def test_gradient_of_a_shared_head_sums_over_devices(kl):
+@pytest.mark.parametrize("asked", ["policy", "kl", "all"])
+def test_gradient_of_a_shared_head_sums_over_devices(asked):
     """Under `shard_map`, in several blocks and chunks: it checks of every loop what differs between devices."""
     mesh, names = make_mesh("data:4,fsdp:2"), ("data", "fsdp")
     hidden, token = np.float32(RNG.normal(size=(32, D))), RNG.integers(0, V, 32)
     head, other = np.float32(HEAD), np.float32(HEAD[::-1])
 
-    def total(hidden, head, token, axis_name=None):
-        options = {"chunk": 8, "rows": 2}
-        value = chunked_kl(hidden, head, hidden, other, **options) if kl else token_logp(hidden, head, token, **options)
-        return pmean(jnp.mean(value if kl else value.logp + value.entropy**2), axis_name)
+    def total(hidden, head, other, token, axis_name=None):
+        reference = None if asked == "policy" else (hidden, other if asked == "all" else np.float32(HEAD[::-1]))
+        stats = token_logp(hidden, head, token, reference=reference, chunk=8, rows=2)
+        value = stats.kl if asked == "kl" else stats.logp + stats.entropy**2
+        if asked == "all":
+            value += stats.self_certainty * stats.kl + jnp.sin(stats.ref_logp)
+        return pmean(jnp.mean(value), axis_name)
 
-    grad = jax.value_and_grad(total, argnums=(0, 1))
+    grad = jax.value_and_grad(total, argnums=(0, 1, 2))
     split, whole = PartitionSpec(names), PartitionSpec()
     mapped = jax.shard_map(
-        lambda *x: grad(*x, names), mesh=mesh, in_specs=(split, whole, split), out_specs=(whole, (split, whole))
+        lambda *x: grad(*x, names),
+        mesh=mesh,
+        in_specs=(split, whole, whole, split),
+        out_specs=(whole, (split, whole, whole)),
     )
-    actual, expected = (jax.jit(f)(hidden, head, token) for f in (mapped, grad))
+    actual, expected = (jax.jit(f)(hidden, head, other, token) for f in (mapped, grad))
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert bool(jnp.any(expected[1][2])) == (asked == "all")
 
 
 REF_HIDDEN, REF_HEAD = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(V, 5)) / 2
@@ -219,7 +231,7 @@ def test_kl_and_its_gradients_are_those_of_the_dense_formula(chunk, rows, temper
 
     @functools.partial(jax.jit, static_argnums=1)
     def value_and_grad(operands, dtype):
-        function = lambda *x: (jnp.sum(COTANGENTS[0] * (kl := chunked_kl(*x, dtype=dtype, **options))), kl)
+        function = lambda *x: (jnp.sum(COTANGENTS[0] * (kl := divergence(*x, dtype=dtype, **options))), kl)
         return jax.grad(function, argnums=(0, 1, 2, 3), has_aux=True)(*operands)
 
     with jax.enable_x64(True):
@@ -237,15 +249,111 @@ def test_kl_and_its_gradients_are_those_of_the_dense_formula(chunk, rows, temper
             np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
 
 
+ALL = ("logp", "entropy", "self_certainty", "ref_logp", "kl")
+WEIGHTS = RNG.normal(size=(len(ALL), 2, 3))
+
+
+def with_reference(*operands, names=ALL, **options):
+    stats = token_logp(*operands[:2], TOKEN, reference=operands[2:], **options)
+    return [getattr(stats, name) for name in names]
+
+
+def plain_with_reference(*operands, names=ALL, temperature=1.0):
+    both = plain(*operands[:2], TOKEN, temperature), plain(*operands[2:], TOKEN, temperature)
+    fields = dict(zip(ALL, (*both[0], both[1][0], dense_kl(*operands, temperature)), strict=True))
+    return [fields[name] for name in names]
+
+
+def all_gradients(function, *, names=ALL, argnums=(0, 1, 2, 3), **options):
+    """With respect to both pairs, of the fields weighted by random cotangents."""
+
+    def total(*operands):
+        fields = function(*operands, names=names, **options)
+        return sum(jnp.sum(WEIGHTS[ALL.index(n)] * field) for n, field in zip(names, fields, strict=True))
+
+    operands = map(jnp.asarray, (HIDDEN, HEAD, REF_HIDDEN, REF_HEAD))
+    return jax.jit(jax.grad(total, argnums=argnums))(*operands)
+
+
+@pytest.mark.parametrize(("chunk", "rows", "temperature"), [(8, 2, 0.7), (5, 4, 1.5), (64, None, 1.0)])
+def test_with_a_reference_all_fields_and_gradients_are_those_of_the_dense_formula(chunk, rows, temperature):
+    """In float64, with a tail of the vocabulary, blocks that divide the positions evenly and some that need padding."""
+    options = {"chunk": chunk, "rows": rows, "temperature": temperature}
+    with jax.enable_x64(True):
+        fields = jax.jit(functools.partial(with_reference, **options))(HIDDEN, HEAD, REF_HIDDEN, REF_HEAD)
+        ours = exact(HIDDEN, HEAD, TOKEN, temperature)
+        ref_logp = exact(REF_HIDDEN, REF_HEAD, TOKEN, temperature)[0]
+        logp, logq = (log_softmax(h @ w.T / temperature, -1) for h, w in ((HIDDEN, HEAD), (REF_HIDDEN, REF_HEAD)))
+        expected = (*ours, ref_logp, (np.exp(logp) * (logp - logq)).sum(-1))
+        np.testing.assert_allclose(fields, expected, rtol=1e-11, atol=1e-12)
+        actual = all_gradients(with_reference, **options)
+        expected = all_gradients(plain_with_reference, temperature=temperature)
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("argnums", [(0, 1), (2, 3), (1, 2)])
+@pytest.mark.parametrize("names", [*((name,) for name in ALL), ("logp", "kl"), ("entropy", "ref_logp")])
+def test_gradient_of_some_fields_to_some_operands(names, argnums):
+    """What nobody differentiates is left out, and changes nothing that somebody does."""
+    with jax.enable_x64(True):
+        actual = all_gradients(with_reference, names=names, argnums=argnums, chunk=8, rows=2)
+        expected = all_gradients(plain_with_reference, names=names, argnums=argnums)
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_of_each_row_under_vmap():
+    def total(hidden, ref_hidden, token):
+        stats = token_logp(hidden, HEAD, token, reference=(ref_hidden, REF_HEAD), chunk=8, rows=2)
+        return jnp.sum(stats.kl + stats.logp * stats.ref_logp)
+
+    with jax.enable_x64(True):
+        grad = jax.grad(total, argnums=(0, 1))
+        actual, expected = jax.vmap(grad)(HIDDEN, REF_HIDDEN, TOKEN), grad(HIDDEN, REF_HIDDEN, TOKEN)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e30])
+def test_masked_positions_of_any_size_leave_gradients_finite(scale):
+    """Those of the real positions are as if the others did not exist."""
+    mask = np.array([[True, False, True], [False, True, True]])
+    far = lambda x: np.float32(np.where(mask[..., None], x, scale * x))
+
+    def grads(function, *operands):
+        def total(*operands):
+            return sum(jnp.sum(jnp.where(mask, w * x, 0)) for w, x in zip(WEIGHTS, function(*operands), strict=True))
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(*operands)
+
+    chunked = functools.partial(with_reference, chunk=8, rows=2)
+    actual = grads(chunked, far(HIDDEN), np.float32(HEAD), far(REF_HIDDEN), np.float32(REF_HEAD))
+    expected = grads(plain_with_reference, *map(np.float32, (HIDDEN, HEAD, REF_HIDDEN, REF_HEAD)))
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_reference_there_is_nothing_to_tell_of_it():
+    hidden, head, ref_hidden, ref_head = map(np.float32, (HIDDEN, HEAD, REF_HIDDEN, REF_HEAD))
+    stats = token_logp(hidden, head, TOKEN)
+    assert (stats.ref_logp, stats.kl) == (None, None)
+    for reference in ((ref_hidden[:1], ref_head), (ref_hidden, ref_head[1:])):
+        with pytest.raises((AssertionError, TypeError)):
+            token_logp(hidden, head, TOKEN, reference=reference)
+
+
 def test_a_frozen_reference_costs_no_backward_pass():
     """Three products per logit of the policy, one of the reference: none that makes a gradient of the reference."""
 
-    def products(argnums):
-        function = lambda *x: jnp.sum(chunked_kl(*x, chunk=V))
+    def products(argnums, names=("kl",)):
+        function = lambda *x: sum(map(jnp.sum, with_reference(*x, names=names, chunk=V)))
         text = str(jax.make_jaxpr(jax.grad(function, argnums=argnums))(HIDDEN, HEAD, REF_HIDDEN, REF_HEAD))
         return text.count("dot_general")
 
     assert (products((0, 1)), products((0, 1, 2, 3))) == (2 + 2 + 2, 2 + 2 + 4)
+    assert (products((0, 1), ALL), products((0, 1, 2, 3), ALL)) == (2 + 2 + 2, 2 + 2 + 4)
+    # Where its log-probability is all that is used, the backward pass does not look at it.
+    assert products((0, 1), ("logp", "ref_logp")) == 2 + 1 + 2
 
 
 def test_memory_depends_neither_on_positions_nor_on_the_vocabulary():
@@ -257,7 +365,8 @@ def test_memory_depends_neither_on_positions_nor_on_the_vocabulary():
 
         def total(hidden, head):
             if kl:
-                return jnp.sum(chunked_kl(hidden, head, ref_hidden, ref_head, **options))
+                reference = ref_hidden, ref_head
+                return jnp.sum(token_logp(hidden, head, token, reference=reference, **options).kl)
             return jnp.sum(token_logp(hidden, head, token, **options).logp)
 
         return jax.grad(total, argnums=(0, 1))(hidden, head)

@@ -505,6 +505,8 @@ class TestPolicy:
         ratio = np.take_along_axis(laws[0] - laws[1], part.completion[..., None], axis=-1)[..., 0]
         each = {"kl": exact, "k1": ratio, "k2": ratio**2 / 2, "k3": np.exp(-ratio) - 1 + ratio}
         mask = part.completion_mask & part.where[..., None]
+        product = f":f32[{part.completion.size},{models[0].config.vocab_size}] = dot_general["
+        assert str(jax.make_jaxpr(kl_along_prefixes)(*models, part)).count(product) == len(models)
         for name, value in each.items():
             assert float(out[name].count) == part.where.sum()
             assert float(out[name].mean) == pytest.approx(np.where(mask, value, 0).sum() / part.where.sum(), rel=1e-4)

@@ -12,6 +12,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from tiltjax.ops.bits import part
 from tiltjax.ops.checks import check_at_least, check_positive
@@ -20,7 +21,7 @@ from tiltjax.ops.masked import as_float
 from tiltjax.ops.matmul import dot, matmul, outer
 from tiltjax.types import Array, Bool, Dtype, Float, Int
 
-__all__ = ["TokenStats", "chunked_kl", "eos_mask", "sequence_logp", "token_logp"]
+__all__ = ["TokenStats", "eos_mask", "sequence_logp", "token_logp"]
 
 _ROWS = 2048
 
@@ -33,11 +34,15 @@ class TokenStats:
       logp: Log-probability of the given token, nats.
       entropy: ``-sum_v p_v log p_v``, nats.
       self_certainty: ``KL(uniform || p) = logsumexp(z) - mean(z) - log V``, nats.
+      ref_logp: Log-probability of the given token under the reference, nats; None without one.
+      kl: ``KL(p || q) = sum_v p_v (log p_v - log q_v)`` to the reference ``q``, nats, >= 0 up to rounding; likewise.
     """
 
     logp: Float[Array, "*batch"]
     entropy: Float[Array, "*batch"]
     self_certainty: Float[Array, "*batch"]
+    ref_logp: Float[Array, "*batch"] | None = None
+    kl: Float[Array, "*batch"] | None = None
 
 
 def token_logp(
@@ -45,29 +50,34 @@ def token_logp(
     head: Float[Array, "V D"],
     token: Int[Array, "*batch"],
     *,
+    reference: tuple[Float[Array, "*batch E"], Float[Array, "V E"]] | None = None,
     temperature: float = 1.0,
     chunk: int = 3072,
     rows: int | None = None,
     dtype: Dtype | None = None,
 ) -> TokenStats:
-    r"""Log-probability, entropy and self-certainty of every position, one chunk of the vocabulary at a time.
+    r"""Log-probability, entropy, self-certainty and divergence of every position, the vocabulary in chunks.
 
-    .. math:: z = h W^\top / \tau, \quad \log p(y) = z_y - \log\sum_v e^{z_v}, \quad H = -\sum_v p_v \log p_v
+    .. math:: z = h W^\top / \tau, \quad \log p(y) = z_y - \log\sum_v e^{z_v}, \quad H = -\sum_v p_v \log p_v, \quad
+       \mathrm{KL} = \sum_v p_v (\log p_v - \log q_v)
 
-    The gradient recomputes the chunks, so neither pass stores more than ``[rows, chunk]`` logits.
+    The gradient recomputes the chunks, so neither pass stores more than ``[rows, chunk]`` logits of each model. It is
+    that of both models; what a frozen reference does not need is not computed.
 
     Args:
       hidden: Last hidden state at the position that predicts ``token``.
       head: Vocabulary projection, one row per token.
       token: The token that follows.
-      temperature: Softmax temperature, > 0.
+      reference: Last hidden states at the same positions and vocabulary projection of the model that gives ``q``; its
+        width may differ.
+      temperature: Softmax temperature of both, > 0.
       chunk: Vocabulary entries per step; V need not be a multiple.
       rows: Most positions per step; their number need not be a multiple. None means 2048 on each device, also where a
         sharded `jax.jit` spreads a block over the devices as it does the batch.
       dtype: Operand type of the matrix products (None: that of ``hidden``); sums are float32 or wider.
 
     Returns:
-      `TokenStats`, every field ``[*batch]``.
+      `TokenStats`, every field ``[*batch]``; ``ref_logp`` and ``kl`` are None without a reference.
 
     Raises:
       ValueError: If ``temperature``, ``chunk`` or ``rows`` is out of range.
@@ -76,62 +86,20 @@ def token_logp(
       >>> stats = token_logp(jnp.zeros((2, 4)), jnp.zeros((8, 4)), jnp.array([0, 5]))
       >>> bool(jnp.allclose(stats.logp, -jnp.log(8.0))), bool(jnp.allclose(stats.entropy, jnp.log(8.0)))
       (True, True)
+      >>> reference = jnp.ones((2, 1)), jnp.arange(8.0)[:, None] % 2  # Odd tokens are e times as likely as even ones.
+      >>> stats = token_logp(jnp.zeros((2, 4)), jnp.zeros((8, 4)), jnp.array([0, 5]), reference=reference)
+      >>> bool(jnp.allclose(stats.kl, jnp.log((1 + jnp.e) / 2) - 0.5)), bool(jnp.allclose(jnp.diff(stats.ref_logp), 1))
+      (True, True)
     """
     chex.assert_equal_shape_prefix([hidden, token], token.ndim)
+    if reference is not None:
+        chex.assert_shape(reference[0], (*token.shape, None))
+        chex.assert_equal(head.shape[0], reference[1].shape[0])
     walk = _walk(hidden, token.size, head, temperature, chunk, rows, dtype)
-    hidden, head, token = alike(hidden, head, token)
-    fields = _token_stats(walk, walk.split(hidden, token.ndim), head, walk.split(token, token.ndim))
+    hidden, head, token, *other = alike(hidden, head, token, *(reference or ()))
+    states = tuple(walk.split(x, token.ndim) for x in (hidden, *other[:1]))
+    fields = _token_stats(walk, states, (head, *other[1:]), walk.split(token, token.ndim))
     return TokenStats(**{name: walk.join(value, token.shape) for name, value in fields.items()})
-
-
-def chunked_kl(
-    hidden: Float[Array, "*batch D"],
-    head: Float[Array, "V D"],
-    ref_hidden: Float[Array, "*batch E"],
-    ref_head: Float[Array, "V E"],
-    *,
-    temperature: float = 1.0,
-    chunk: int = 3072,
-    rows: int | None = None,
-    dtype: Dtype | None = None,
-) -> Float[Array, "*batch"]:
-    r"""Divergence of the policy's next-token distribution from the reference's, over the whole vocabulary.
-
-    .. math:: \mathrm{KL}(p \| q) = \sum_v p_v (\log p_v - \log q_v), \qquad
-       \frac{\partial}{\partial z_v} = p_v (\log p_v - \log q_v - \mathrm{KL}), \qquad
-       \frac{\partial}{\partial z^q_v} = q_v - p_v
-
-    Walked as in `token_logp`, both models together, so no ``[*batch, V]`` array exists in either pass. It is
-    differentiable in both pairs; what a frozen reference does not need is not computed.
-
-    Args:
-      hidden: Last hidden states of the policy.
-      head: Its vocabulary projection, one row per token.
-      ref_hidden: Last hidden states of the reference at the same positions; its width may differ.
-      ref_head: Its vocabulary projection, of the same V tokens.
-      temperature: Softmax temperature of both, > 0.
-      chunk: Vocabulary entries per step; V need not be a multiple.
-      rows: Most positions per step, as in `token_logp`.
-      dtype: Operand type of the matrix products (None: that of ``hidden``); sums are float32 or wider.
-
-    Returns:
-      Nats per position, >= 0 up to rounding.
-
-    Raises:
-      ValueError: If ``temperature``, ``chunk`` or ``rows`` is out of range.
-
-    Example:
-      >>> hidden, head = jnp.ones((3, 4)), jnp.arange(32.0).reshape(8, 4) / 9
-      >>> float(chunked_kl(hidden, head, hidden, head)[0]), bool(chunked_kl(hidden, head, hidden, -head)[0] > 1)
-      (0.0, True)
-    """
-    shape = hidden.shape[:-1]
-    chex.assert_shape(ref_hidden, (*shape, None))
-    chex.assert_equal(head.shape[0], ref_head.shape[0])
-    walk = _walk(hidden, math.prod(shape), head, temperature, chunk, rows, dtype)
-    hidden, head, ref_hidden, ref_head = alike(hidden, head, ref_hidden, ref_head)
-    states = (walk.split(hidden, len(shape)), walk.split(ref_hidden, len(shape)))
-    return walk.join(_kl(walk, states, (head, ref_head)), shape)
 
 
 def sequence_logp(token_logp: Float[Array, "*batch T"], mask: Bool[Array, "*batch T"]) -> Float[Array, "*batch"]:
@@ -264,125 +232,118 @@ def _chosen(first, rows, token):
     return first + jnp.arange(rows.shape[0])[None] == token[:, None]
 
 
-def _forward(walk, hidden, head, token):
+def _forward(walk, states, heads, token):
     def block(carry, inputs):
-        hidden, token = inputs
+        states, token = inputs
 
         def body(carry, first, rows):
-            norm, moment, total, chosen = carry
-            z = walk.logits(hidden, rows)
+            (norm, moment, total, chosen), theirs = carry
+            z, *others = map(walk.logits, states, rows)
             norm, scale, p = _log_norm(norm, z)
             moment = moment * scale + jnp.sum(p * z, -1)
-            chosen = chosen + jnp.sum(jnp.where(_chosen(first, rows, token), z, 0), -1)
-            return norm, moment, total + jnp.sum(z, -1), chosen
+            here = _chosen(first, rows[0], token)
+            chosen = chosen + jnp.sum(jnp.where(here, z, 0), -1)
+            for ref_z in others:
+                ref_norm, ref_chosen, gap = theirs
+                gap = gap * scale + jnp.sum(p * (z - ref_z), -1)
+                theirs = (_log_norm(ref_norm, ref_z)[0], ref_chosen + jnp.sum(jnp.where(here, ref_z, 0), -1), gap)
+            return (norm, moment, total + jnp.sum(z, -1), chosen), theirs
 
-        zero = jnp.zeros_like(hidden[:, 0], walk.wide)
-        start = ((zero - jnp.inf, zero), zero, zero, zero)
-        (top, mass), moment, total, chosen = walk.over_vocabulary(body, start, head)
-        log_norm, size = top + jnp.log(mass), head.shape[0]
+        zero, size = jnp.zeros_like(states[0][:, 0], walk.wide), heads[0].shape[0]
+        norm = (zero - jnp.inf, zero)
+        start = ((norm, zero, zero, zero), (norm, zero, zero) if len(states) > 1 else ())
+        ((top, mass), moment, total, chosen), theirs = walk.over_vocabulary(body, start, heads)
+        log_norm = top + jnp.log(mass)
         stats = {
             "logp": chosen - log_norm,
             "entropy": log_norm - moment / mass,
             "self_certainty": log_norm - total / size - jnp.log(size).astype(zero.dtype),
         }
-        return carry, (stats, log_norm)
+        if not theirs:
+            return carry, (stats, (log_norm,))
+        (ref_top, ref_mass), ref_chosen, gap = theirs
+        ref_log_norm = ref_top + jnp.log(ref_mass)
+        stats |= {"ref_logp": ref_chosen - ref_log_norm, "kl": gap / mass - log_norm + ref_log_norm}
+        return carry, (stats, (log_norm, ref_log_norm))
 
-    return walk.over_positions(block, (), (hidden, token))[1]
+    return walk.over_positions(block, (), (states, token))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_stats(walk, hidden, head, token):
-    return _forward(walk, hidden, head, token)[0]
+def _token_stats(walk, states, heads, token):
+    return _forward(walk, states, heads, token)[0]
 
 
-def _token_stats_fwd(walk, hidden, head, token):
-    stats, log_norm = _forward(walk, hidden, head, token)
-    return stats, (hidden, head, token, log_norm, stats["entropy"])
+def _token_stats_fwd(walk, states, heads, token):
+    perturbed = tuple(s.perturbed or w.perturbed for s, w in zip(states, heads, strict=True))
+    states, heads, token = jax.tree.map(lambda x: x.value, (states, heads, token))
+    stats, log_norms = _forward(walk, states, heads, token)
+    needed = {name: stats[name] for name in ("entropy", "kl") if name in stats}
+    return stats, (states, heads, token, log_norms, needed, _Static(perturbed))
 
 
 def _token_stats_bwd(walk, saved, grad):
-    hidden, head, token, log_norm, entropy = saved
+    states, heads, token, log_norms, stats, perturbed = saved
+    grad = _asked_for(grad, jnp.zeros_like(log_norms[0]))
+    used = ("logp" in grad or "kl" in grad, "ref_logp" in grad or "kl" in grad)
+    moved = tuple(a and b for a, b in zip(perturbed.value, used, strict=False))
+    read = len(moved) if moved[-1] or "kl" in grad else 1
+    unread = (None,) * (len(moved) - read)
+    moved, states, heads, log_norms = moved[:read], states[:read], heads[:read], log_norms[:read]
 
-    def block(grad_head, inputs):
-        hidden, token, log_norm, entropy, grad = inputs
+    def zeros(arrays):
+        return tuple(jnp.zeros_like(x, walk.wide) if move else None for x, move in zip(arrays, moved, strict=True))
 
-        def body(grads, first, rows):
-            logq = walk.logits(hidden, rows) - log_norm[:, None]
-            p = jnp.exp(logq)
-            dz = grad["logp"][:, None] * (jnp.where(_chosen(first, rows, token), 1.0, 0.0) - p)
-            dz -= grad["entropy"][:, None] * p * (logq + entropy[:, None])
-            dz += grad["self_certainty"][:, None] * (p - 1 / head.shape[0])
-            return walk.pull(grads, first, dz, hidden, rows)
-
-        grads = (jnp.zeros_like(hidden, walk.wide), grad_head)
-        grad_hidden, grad_head = walk.over_vocabulary(body, grads, head)
-        return grad_head, grad_hidden.astype(hidden.dtype)
-
-    zeros = jnp.zeros_like(head, walk.wide)
-    grad_head, grad_hidden = walk.over_positions(block, zeros, (hidden, token, log_norm, entropy, grad))
-    return grad_hidden, grad_head.astype(head.dtype), None
-
-
-_token_stats.defvjp(_token_stats_fwd, _token_stats_bwd)
-
-
-def _kl_forward(walk, states, heads):
-    def block(carry, states):
-        def body(carry, first, rows):
-            norm, ref_norm, moment = carry
-            z, ref_z = map(walk.logits, states, rows)
-            norm, scale, p = _log_norm(norm, z)
-            ref_norm = _log_norm(ref_norm, ref_z)[0]
-            return norm, ref_norm, moment * scale + jnp.sum(p * (z - ref_z), -1)
-
-        zero = jnp.zeros_like(states[0][:, 0], walk.wide)
-        start = ((zero - jnp.inf, zero), (zero - jnp.inf, zero), zero)
-        (top, mass), (ref_top, ref_mass), moment = walk.over_vocabulary(body, start, heads)
-        log_norm, ref_log_norm = top + jnp.log(mass), ref_top + jnp.log(ref_mass)
-        return carry, (moment / mass - log_norm + ref_log_norm, log_norm, ref_log_norm)
-
-    return walk.over_positions(block, (), states)[1]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kl(walk, states, heads):
-    return _kl_forward(walk, states, heads)[0]
-
-
-def _kl_fwd(walk, states, heads):
-    values = _kl_forward(walk, *jax.tree.map(lambda x: x.value, (states, heads)))
-    perturbed = tuple(s.perturbed or w.perturbed for s, w in zip(states, heads, strict=True))
-    return values[0], (*jax.tree.map(lambda x: x.value, (states, heads)), values, _Static(perturbed))
-
-
-def _kl_bwd(walk, saved, grad):
-    states, heads, values, moved = saved
+    def like(arrays, grads):
+        return tuple(None if g is None else g.astype(x.dtype) for x, g in zip(arrays, grads, strict=True))
 
     def block(grad_heads, inputs):
-        states, (value, *norms), grad = inputs
+        states, token, log_norms, stats, grad = inputs
 
         def body(grads, first, rows):
-            logp, logq = (
-                walk.logits(state, row) - norm[:, None] for state, row, norm in zip(states, rows, norms, strict=True)
-            )
-            p, q = jnp.exp(logp), jnp.exp(logq)
-            dz = (p * (logp - logq - value[:, None]), q - p)
+            logps = [z - norm[:, None] for z, norm in zip(map(walk.logits, states, rows), log_norms, strict=True)]
+            dz = _logit_gradients(grad, stats, heads[0].shape[0], _chosen(first, rows[0], token), *logps)
             return tuple(
-                walk.pull(g, first, grad[:, None] * d, state, row) if move else g
-                for g, d, state, row, move in zip(grads, dz, states, rows, moved.value, strict=True)
+                walk.pull(g, first, d, state, row) if move else g
+                for g, d, state, row, move in zip(grads, dz, states, rows, moved, strict=True)
             )
 
-        zeros = tuple(jnp.zeros_like(s, walk.wide) for s in states)
-        grads = walk.over_vocabulary(body, tuple(zip(zeros, grad_heads, strict=True)), heads)
+        grads = walk.over_vocabulary(body, tuple(zip(zeros(states), grad_heads, strict=True)), heads)
         grad_states, grad_heads = zip(*grads, strict=True)
-        return grad_heads, tuple(g.astype(s.dtype) for g, s in zip(grad_states, states, strict=True))
+        return grad_heads, like(states, grad_states)
 
-    zeros = tuple(jnp.zeros_like(w, walk.wide) for w in heads)
-    grad_heads, grad_states = walk.over_positions(block, zeros, (states, values, grad))
-    return grad_states, tuple(g.astype(w.dtype) for g, w in zip(grad_heads, heads, strict=True))
+    grad_heads, grad_states = walk.over_positions(block, zeros(heads), (states, token, log_norms, stats, grad))
+    return grad_states + unread, like(heads, grad_heads) + unread, None
 
 
-_kl.defvjp(_kl_fwd, _kl_bwd, symbolic_zeros=True)
+_token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
+
+
+def _asked_for(grad, zero):
+    """The gradients of the fields that are differentiated; the policy's own three are one formula and go together."""
+    own = {"logp", "entropy", "self_certainty"}
+    asked = {name for name, g in grad.items() if not isinstance(g, SymbolicZero)}
+    asked |= own if asked & own else set()
+    return {name: zero if isinstance(grad[name], SymbolicZero) else grad[name] for name in sorted(asked)}
+
+
+def _logit_gradients(grad, stats, size, chosen, logp, *others):
+    """What the gradients of the fields mean for a block of the policy's logits, and of the reference's if read."""
+    here, p, dz = jnp.where(chosen, 1.0, 0.0), jnp.exp(logp), jnp.zeros_like(logp)
+    if "logp" in grad:
+        dz += grad["logp"][:, None] * (here - p)
+        dz -= grad["entropy"][:, None] * p * (logp + stats["entropy"][:, None])
+        dz += grad["self_certainty"][:, None] * (p - 1 / size)
+    if not others:
+        return (dz,)
+    (logq,), ref_dz = others, jnp.zeros_like(logp)
+    q = jnp.exp(logq)
+    if "ref_logp" in grad:
+        ref_dz += grad["ref_logp"][:, None] * (here - q)
+    if "kl" in grad:
+        dz += grad["kl"][:, None] * p * (logp - logq - stats["kl"][:, None])
+        ref_dz += grad["kl"][:, None] * (q - p)
+    return dz, ref_dz
 
 
 @jax.tree_util.register_static

@@ -20,7 +20,7 @@ from tiltjax.models.lora import combine
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.checks import check_choice
 from tiltjax.ops.masked import Average, average, masked_sum
-from tiltjax.ops.tokens import chunked_kl, token_logp
+from tiltjax.ops.tokens import token_logp
 from tiltjax.samplers.decode import Decoded, decode
 from tiltjax.train.method import SOURCES, Players, Sample, View, ViewFn
 from tiltjax.train.rollout import make_sampler, narrow
@@ -217,15 +217,15 @@ def kl_along_prefixes(
         mask = mask & candidates.where[..., None]
     asked = (candidates.prompt, candidates.prompt_mask, candidates.completion)
     models = [_model(p, frozen) for p in (params, ref_params)]
-    states = [(model.hidden(*asked), model.projection()) for model in models]
+    ours, theirs = ((model.hidden(*asked), model.projection()) for model in models)
     options: dict[str, Any] = {"temperature": temperature, "dtype": models[0].config.compute_dtype}
-    ours, theirs = (token_logp(*state, candidates.completion, **options).logp for state in states)
-    exact = jnp.where(mask, chunked_kl(*states[0], *states[1], **options), 0)
+    stats = token_logp(*ours, candidates.completion, reference=theirs, **options)
+    assert stats.kl is not None
     each = {
-        "kl": exact,
-        "k1": kl_k1(ours, theirs, mask),
-        "k2": kl_k2(ours, theirs, mask),
-        "k3": kl_k3(ours, theirs, mask),
+        "kl": jnp.where(mask, stats.kl, 0),
+        "k1": kl_k1(stats.logp, stats.ref_logp, mask),
+        "k2": kl_k2(stats.logp, stats.ref_logp, mask),
+        "k3": kl_k3(stats.logp, stats.ref_logp, mask),
     }
     real = jnp.any(mask, axis=-1)
     return {name: average(masked_sum(value, mask), real) for name, value in each.items()}
