@@ -284,8 +284,8 @@ def _token_stats_fwd(walk, states, heads, token):
 
 def _token_stats_bwd(walk, saved, grad):
     states, heads, token, log_norms, stats, perturbed = saved
-    grad = _asked_for(grad, jnp.zeros_like(log_norms[0]))
-    used = ("logp" in grad or "kl" in grad, "ref_logp" in grad or "kl" in grad)
+    grad = {name: g for name, g in grad.items() if not isinstance(g, SymbolicZero)}
+    used = (bool(grad.keys() - {"ref_logp"}), not grad.keys().isdisjoint({"ref_logp", "kl"}))
     moved = tuple(a and b for a, b in zip(perturbed.value, used, strict=False))
     read = len(moved) if moved[-1] or "kl" in grad else 1
     unread = (None,) * (len(moved) - read)
@@ -319,20 +319,14 @@ def _token_stats_bwd(walk, saved, grad):
 _token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
 
 
-def _asked_for(grad, zero):
-    """The gradients of the fields that are differentiated; the policy's own three are one formula and go together."""
-    own = {"logp", "entropy", "self_certainty"}
-    asked = {name for name, g in grad.items() if not isinstance(g, SymbolicZero)}
-    asked |= own if asked & own else set()
-    return {name: zero if isinstance(grad[name], SymbolicZero) else grad[name] for name in sorted(asked)}
-
-
 def _logit_gradients(grad, stats, size, chosen, logp, *others):
     """What the gradients of the fields mean for a block of the policy's logits, and of the reference's if read."""
     here, p, dz = jnp.where(chosen, 1.0, 0.0), jnp.exp(logp), jnp.zeros_like(logp)
     if "logp" in grad:
         dz += grad["logp"][:, None] * (here - p)
+    if "entropy" in grad:
         dz -= grad["entropy"][:, None] * p * (logp + stats["entropy"][:, None])
+    if "self_certainty" in grad:
         dz += grad["self_certainty"][:, None] * (p - 1 / size)
     if not others:
         return (dz,)
