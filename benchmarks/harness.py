@@ -305,11 +305,11 @@ def report(
     }
 
 
-def emit(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """Prints a row as one line of JSON and appends it, with `environment`, to ``results/<name>.jsonl``."""
+def emit(name: str, row: dict[str, Any], *, show: Callable[[dict[str, Any]], str] = json.dumps) -> dict[str, Any]:
+    """Appends a row, with `environment`, to ``results/<name>.jsonl`` and prints it, as one line of JSON or as told."""
     row = {**row, **environment()}
     line = json.dumps(row)
-    print(line, flush=True)
+    print(show(row), flush=True)
     folder = pathlib.Path(os.environ.get("TILTJAX_BENCH_RESULTS") or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.jsonl").open("a") as file:
@@ -339,6 +339,7 @@ def main(
     *,
     dtypes: tuple[str, ...],
     default: Sequence[str] = (),
+    show: Callable[[dict[str, Any]], str] = json.dumps,
 ) -> None:
     """The body of a benchmark: one case in this process, several in a child process each.
 
@@ -349,10 +350,11 @@ def main(
       argv: Command line; None means that of the process.
       dtypes: What ``--dtype`` may be, the default first.
       default: Names of the cases that run if none are named; all where it is empty.
+      show: How a row is printed.
     """
     given = options(argv, program, cases, dtypes=dtypes, default=default)
     if len(given.cases) == 1:
-        emit(program, one(given.cases[0], given))
+        emit(program, one(given.cases[0], given), show=show)
         return
     failed = []
     for case in given.cases:

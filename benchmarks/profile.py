@@ -19,14 +19,17 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.cases import CASES, Case
-from benchmarks.report import by_functions, by_lines
+from benchmarks.report import told_profile
 
 if __name__ == "__main__":
     harness.huge_pages()
+    # A program from the cache on disk may have been compiled from other lines.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
 
 from benchmarks import trace, workload
+from tiltjax.train.hardware import fast_dtype
 
 __all__ = ["main", "profile", "run"]
 
@@ -53,43 +56,46 @@ def profile(call: Callable[[], Any]) -> tuple[float, trace.Trace, trace.Places]:
         found = trace.read(folder)
     ran = {module for module, _ in found.runs}
     programs = [one for loaded in workload.programs() for one in loaded.hlo_modules()]
-    known = [trace.places(one.name, one.to_string()) for one in programs if one.name in ran]
+    texts: dict[str, str] = {}
+    for one in programs:
+        text = one.to_string() if one.name in ran else ""
+        if text and texts.setdefault(one.name, text) != text:
+            raise ValueError(f"two programs are called {one.name}: which of them ran, the trace does not say")
+    known = [trace.places(name, text) for name, text in texts.items()]
     return seconds, found, {key: place for places in known for key, place in places.items()}
 
 
 def run(case: Case, given: harness.Options) -> dict[str, Any]:
-    """Profiles a case, prints its tables and returns its row.
-
-    It compiles anew: a program from the cache on disk may have been compiled from other lines.
-    """
+    """Profiles a case and returns its row."""
     call = workload.prepare(case, given.shape, given.dtype)
     watch = harness.measure(call, repeats=given.repeats, budget=given.budget, compiles=True)
     seconds, found, known = profile(call)
     threads = len(os.sched_getaffinity(0))
-    time_of_all = seconds * threads
-    by_function = trace.sums(found, known, lambda place: (place.phase, place.function, bool(place.flops)))
-    by_line = trace.sums(found, known, lambda place: (place.phase, place.line))
-    functions = [
-        {"phase": p, "function": f, "product": m, **_told(s, time_of_all)} for (p, f, m), s in by_function.items()
-    ]
-    lines = [{"phase": p, "line": f, "text": _text(f), **_told(s, time_of_all)} for (p, f), s in by_line.items()]
-    size = 2048 if given.shape != "tiny" else 64
-    yardstick = harness.gemm_gflops(*workload.multiply(given.dtype, size)) / threads
-    row = {
+
+    def sums(place: str) -> list[dict[str, Any]]:
+        """By phase, place and whether there are products in it; those that take most."""
+        key = lambda one: (one.phase, getattr(one, place), bool(one.flops))  # noqa: E731
+        totals = sorted(trace.sums(found, known, key).items(), key=lambda item: -item[1].seconds)[:_KEPT]
+        return [
+            {"phase": phase, place: where, "product": product, **_told(total, seconds * threads)}
+            for (phase, where, product), total in totals
+        ]
+
+    dtype = fast_dtype() if given.dtype == "auto" else given.dtype
+    yardstick = harness.gemm_gflops(*workload.multiply(dtype, 2048 if given.shape != "tiny" else 64))
+    return {
         "measure": "profile",
         "case": case.name,
         "shape": given.shape,
         "library": "tiltjax",
-        "dtype": given.dtype,
+        "dtype": dtype,
         "run": given.run,
         "seconds": round(statistics.median(lap[0] for lap in watch.laps[1:] or watch.laps), 4),
         "traced_seconds": round(seconds, 4),
-        "functions": sorted(functions, key=lambda one: -one["share"])[:_KEPT],
-        "lines": sorted(lines, key=lambda one: -one["share"])[:_KEPT],
-        "yardstick": round(yardstick, 1),
+        "yardstick": round(yardstick / threads, 1),
+        "functions": sums("function"),
+        "lines": [{**one, "text": _text(one["line"])} for one in sums("line")],
     }
-    print(f"\n{case.text}: {row['seconds']:.2f} s, {seconds:.2f} s traced\n\n{by_functions(row)}\n\n{by_lines(row)}\n")
-    return row
 
 
 def _told(one: trace.Sum, seconds: float) -> dict[str, Any]:
@@ -104,12 +110,15 @@ def _told(one: trace.Sum, seconds: float) -> dict[str, Any]:
 def _text(line: str) -> str:
     """The source at ``file:line``."""
     file, _, number = line.rpartition(":")
+    if not file:
+        return ""
     return linecache.getline(str(harness.ROOT / file), int(number)).strip()
 
 
 def main(argv: list[str] | None = None) -> None:
     """Profiles the cases that the command line names."""
-    harness.main("profile", run, CASES, argv, dtypes=workload.DTYPES, default=[c.name for c in CASES if c.goal])
+    goals = [case.name for case in CASES if case.goal]
+    harness.main("profile", run, CASES, argv, dtypes=workload.DTYPES, default=goals, show=told_profile)
 
 
 if __name__ == "__main__":

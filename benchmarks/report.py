@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.cases import CASES, Case
 
-__all__ = ["by_functions", "by_lines", "ratio", "write"]
+__all__ = ["ratio", "told_profile", "write"]
 
 Row = dict[str, Any]
 
@@ -216,14 +216,9 @@ def _profiles(rows: Sequence[Row], shape: str) -> list[str]:
     found = [row for row in rows if row.get("measure") == "profile" and row["shape"] == shape]
     if not found:
         return []
-    texts = {case.name: case.text for case in CASES}
-    sections = ["## Where the time goes", _PROFILES]
-    for row in sorted(found, key=lambda row: list(texts).index(row["case"])):
-        seconds = f"{row['seconds']:.2f} s, {row['traced_seconds']:.2f} s traced"
-        idle = 1 - sum(one["share"] for one in row["functions"])
-        told = f"{seconds}; nobody worked in {idle:.1%} of the time of all threads; yardstick {row['yardstick']:,.0f}."
-        sections += [f"### {texts[row['case']]}", told, by_functions(row)]
-    return sections
+    order = [case.name for case in CASES]
+    found.sort(key=lambda row: order.index(row["case"]))
+    return ["## Where the time goes", _PROFILES, *(_profile(row) for row in found)]
 
 
 _PROFILES = (
@@ -235,30 +230,34 @@ _PROFILES = (
 )
 
 
-def by_functions(row: Row) -> str:
-    """The functions of a profile as a table in Markdown, those of a percent or more."""
-
-    def name(one: Row) -> list[str]:
-        return [one["phase"], f"`{one['function']}`{', products' if one['product'] else ''}"]
-
-    return _worked(["phase", "function"], [(name(one), one) for one in row["functions"] if one["share"] >= 0.01])
+def told_profile(row: Row) -> str:
+    """A profile for a terminal: by function, then by line of the source."""
+    names = [[one["phase"], one["line"] or "-", _code(one["text"])] for one in row["lines"]]
+    return f"{_profile(row)}\n\n{_worked(['phase', 'line', 'source'], names[:15], row['lines'])}\n"
 
 
-def by_lines(row: Row, most: int = 15) -> str:
-    """The lines of a profile that take most, as a table in Markdown."""
+def _profile(row: Row) -> str:
+    text = next(case.text for case in CASES if case.name == row["case"])
+    large = [one for one in row["functions"] if one["share"] >= 0.01]
+    shown, told = (sum(one["share"] for one in ones) for ones in (large, row["functions"]))
+    head = (
+        f"{row['seconds']:.2f} s, {row['traced_seconds']:.2f} s traced; yardstick {row['yardstick']:,.0f}; in "
+        f"{1 - told:.1%} of the time of all threads nobody worked, what is below a percent took {told - shown:.1%}."
+    )
+    names = [[one["phase"], _code(one["function"]) + (", products" if one["product"] else "")] for one in large]
+    return f"### {text}\n\n{head}\n\n{_worked(['phase', 'function'], names, large)}"
 
-    def name(one: Row) -> list[str]:
-        text = one["text"].replace("|", "\\|")
-        return [one["phase"], one["line"], f"`{text}`"]
 
-    return _worked(["phase", "line", "source"], [(name(one), one) for one in row["lines"][:most]])
+def _code(text: str) -> str:
+    return f"`{text}`".replace("|", "\\|") if text else "-"
 
 
-def _worked(head: list[str], rows: Iterable[tuple[list[str], Row]]) -> str:
-    body = [
-        [*name, f"{one['share']:.1%}", f"{one['alone']:.1%}", _speed(one["gflops"]), f"{one['runs']:,}"]
-        for name, one in rows
+def _worked(head: list[str], names: list[list[str]], rows: Sequence[Row]) -> str:
+    figures = [
+        [f"{one['share']:.1%}", f"{one['alone']:.1%}", _speed(one["gflops"]), f"{one['runs']:,}"]
+        for one in rows[: len(names)]
     ]
+    body = [[*name, *told] for name, told in zip(names, figures, strict=True)]
     return _table([*head, "share", "alone", "GFLOP/s", "operations"], body)
 
 

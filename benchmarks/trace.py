@@ -20,6 +20,13 @@ __all__ = ["Place", "Places", "Sum", "Trace", "Work", "places", "read", "sums"]
 _HELPERS = ("tiltjax/ops/", "tiltjax/models/layers.py")
 """Files whose functions say little of what they are called for: their callers stand in the tables."""
 
+_PHASES = {
+    "Transformer.decode_step": "step",
+    "Transformer.prefill": "prompt",
+    "make_sampler.<locals>.sampler": "sampler",
+}
+"""What a function on the stack says of the phase, the first that is there."""
+
 _CONTAINERS = {"while", "call", "conditional"}
 _FRAME = re.compile(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)\}")
 _LOCATION = re.compile(r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)")
@@ -31,9 +38,10 @@ class Place:
     """Where an operation comes from.
 
     Attributes:
-      phase: "prompt", "step" and "sampler" in decoding; "forward", "recomputed" and "gradient" elsewhere.
-      function: That asked for it, helpers apart.
-      line: ``file:line`` in it.
+      phase: "prompt", "step" and "sampler" in decoding, "forward", "recomputed", "gradient" and "update" in training,
+        "unknown" where the program does not say.
+      function: That asked for it, helpers apart; empty where the program does not say.
+      line: ``file:line`` in it, likewise.
       flops: Of the products in it.
       container: Whether it only runs others.
     """
@@ -108,19 +116,28 @@ def _place(one: Instruction, inside: Computation, computations: dict[str, Comput
     told = next(_told_by(one, inside, computations), "")
     found, scope = re.search(r"stack_frame_id=(\d+)", told), re.search(r'op_name="([^"]*)"', told)
     chain = frames(int(found[1])) if found else []
-    functions = {function for _, function, _ in chain}
-    if "Transformer.decode_step" in functions:
-        phase = "step"
-    elif "Transformer.prefill" in functions:
-        phase = "prompt"
-    elif any(function.startswith("make_sampler") for function in functions):
-        phase = "sampler"
-    elif scope and "rematted_computation" in scope[1]:
-        phase = "recomputed"
-    else:
-        phase = "gradient" if scope and "transpose(" in scope[1] else "forward"
-    file, function, line = _telling(chain)
-    return Place(phase, function, f"{file}:{line}", flops_of(one, inside, computations), one.opcode in _CONTAINERS)
+    phase = _phase({function for _, function, _ in chain}, scope[1] if scope else "")
+    file, function, number = _telling(chain)
+    line = f"{file}:{number}" if file else ""
+    return Place(phase, function, line, flops_of(one, inside, computations), one.opcode in _CONTAINERS)
+
+
+def _phase(functions: set[str], scope: str) -> str:
+    named = {
+        "Transformer.decode_step": "step",
+        "Transformer.prefill": "prompt",
+        "make_sampler.<locals>.sampler": "sampler",
+    }
+    for function, phase in named.items():
+        if function in functions:
+            return phase
+    if not functions:
+        return "unknown"
+    if "rematted_computation" in scope:
+        return "recomputed"
+    if "transpose(" in scope:
+        return "gradient"
+    return "update" if "train_step" in functions and "jvp(" not in scope else "forward"
 
 
 def _told_by(one: Instruction, inside: Computation, computations: dict[str, Computation]) -> Iterator[str]:
@@ -143,7 +160,7 @@ def _telling(chain: list[tuple[str, str, int]]) -> tuple[str, str, int]:
         file, _, line = chain[i]
         if not file.startswith(_HELPERS) and not (i and outer[i - 1] == outer[i]):
             return file, outer[i], line
-    return (chain[-1][0], outer[-1], chain[-1][2]) if chain else ("unknown", "unknown", 0)
+    return (chain[-1][0], outer[-1], chain[-1][2]) if chain else ("", "", 0)
 
 
 def _frames(text: str) -> Callable[[int], list[tuple[str, str, int]]]:

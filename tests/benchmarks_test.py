@@ -107,6 +107,19 @@ def test_a_module_prints_one_line_and_keeps_it(results, capsys):
         group.main(["--cases=sft_8x128"])
 
 
+def test_whether_a_process_compiled():
+    compiling = workload.Compiling()
+    compiled, hit = workload._LONG + 1, "/jax/compilation_cache/cache_hits"
+    stage = next(event for event, name in workload._STAGES.items() if name == "compile")
+    jax.monitoring.record_event(hit)
+    jax.monitoring.record_event_duration_secs(stage, compiled)
+    jax.monitoring.record_event_duration_secs(stage, workload._LONG / 2)  # JAX does not keep these.
+    assert not compiling.missed
+    jax.monitoring.record_event_duration_secs(stage, compiled)
+    assert compiling.missed == 1
+    assert compiling.seconds["compile"] == pytest.approx(2 * compiled + workload._LONG / 2)
+
+
 def fake_row(job, laps, peak):
     base = {"measure": "x", "run": "compare-1", "date": "2026-01-01", "commit": "c"}
     base |= {"versions": {"python": "3"}, "machine": {"cpu": "C", "units": [], "threads": 2, "memory_gb": 1.0}}
@@ -228,7 +241,7 @@ def test_a_profile_finds_every_product_and_who_asked_for_it(case, phases):
     assert {(phase, name) for phase in phases for name in ("Block.project", "Block.finish", "attention")} <= set(
         products
     )
-    assert not [name for _, name in products if name == "unknown"]
+    assert not [name for _, name in products if not name]
     # What the case cannot do without; recomputation, masked scores and padding come on top.
     needed = one.flops(SHAPES["tiny"])
     assert needed < sum(total.flops for total in products.values()) < 2 * needed
@@ -241,9 +254,9 @@ def test_a_profile_is_kept_and_shown(results, capsys):
     assert 0 < sum(one["share"] for one in row["functions"]) <= 1
     assert all(0 <= one["alone"] <= one["share"] for one in row["functions"])
     assert any(one["line"].startswith("tiltjax/models/") and one["text"] for one in row["lines"])
-    shown = capsys.readouterr().out
-    assert report.by_functions(row) in shown
-    assert report.by_lines(row) in shown
+    assert {"forward", "gradient", "update"} <= {one["phase"] for one in row["functions"]}
+    assert row["dtype"] == "float32"
+    assert capsys.readouterr().out == report.told_profile(row) + "\n"
     timed = fake_row(children.Job("tiltjax", case_named("sft_8x128"), "tiny", "auto"), [1.0], 1.0)
     report.write([timed, row], results / "page.md", shape="tiny")
-    assert report.by_functions(row) in (results / "page.md").read_text()
+    assert report._profile(row) in (results / "page.md").read_text()
