@@ -36,7 +36,7 @@ import numpy as np
 from absl import app
 
 from experiments import reporting
-from experiments.align_config import FREE, RECORDS, AlignConfig, open_run
+from experiments.align_config import FREE, HOW, RECORDS, AlignConfig, open_run
 from experiments.align_fit import tune
 from experiments.align_online import improve
 from experiments.align_world import World, prepare
@@ -68,7 +68,7 @@ def warn_of_collapse(config: AlignConfig, reward: np.ndarray, ess: np.ndarray) -
 
 def run(config: AlignConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = check_run(config, free=FREE)
+    directory = check_run(config, free=(*FREE, *HOW))
     world = prepare(config, directory)
     open_run(config)  # Not before: input that is refused leaves no run behind.
     drawn, _ = world.rollout("train", world.model, seed=0)

@@ -14,13 +14,23 @@ from tiltjax.train.config import field, save_config
 from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.method import Method
 
-__all__ = ["FREE", "METHODS", "RECORDS", "AlignConfig", "attention_field", "open_run", "record_of", "remat_field"]
+__all__ = [
+    "FREE",
+    "HOW",
+    "METHODS",
+    "RECORDS",
+    "AlignConfig",
+    "attention_field",
+    "open_run",
+    "record_of",
+    "remat_field",
+]
 
 FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
 """Settings that move no number of a run."""
 
-_HOW = ("remat", "attention")
-"""How a run computes, not what: they move its numbers by rounding, and what another way has computed is no other."""
+HOW = ("remat", "attention")
+"""How a run computes, not what: they move its numbers by rounding, so it may go on with others."""
 
 _OFFLINE = ("tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
 
@@ -138,7 +148,11 @@ class AlignConfig:
     compilation_cache: str = compilation_cache_field()
     seed: int = field(0, "Root of all randomness.")
     output: str = field("runs/align", "Directory of the run; nothing is written outside of it.")
-    resume: bool = field(False, "Go on with the run in --output, bit for bit, from wherever it was stopped.")
+    resume: bool = field(
+        False,
+        "Go on with the run in --output from wherever it was stopped: bit for bit with the same settings, to rounding "
+        "with another --remat or --attention.",
+    )
 
     def __post_init__(self):
         check_positive("beta", self.beta)
@@ -166,7 +180,7 @@ class AlignConfig:
 
     def fingerprint(self) -> str:
         """Of everything that decides the numbers, to rounding."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in (*FREE, *_HOW)}
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in (*FREE, *HOW)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -30,7 +30,7 @@ import jax
 from absl import app
 
 from experiments import online_report
-from experiments.align_config import RECORDS, AlignConfig, attention_field, record_of, remat_field
+from experiments.align_config import HOW, RECORDS, AlignConfig, attention_field, record_of, remat_field
 from experiments.launch import check_run, program
 from experiments.online_measure import task_numbers
 from experiments.online_world import make_bench, play, reference
@@ -85,7 +85,11 @@ class OnlineConfig:
     compilation_cache: str = compilation_cache_field()
     seed: int = field(0, "Root of all randomness.")
     output: str = field("runs/online", "Directory of the run; nothing is written outside of it.")
-    resume: bool = field(False, "Go on with the run in --output, and with further methods and tasks beside its own.")
+    resume: bool = field(
+        False,
+        "Go on with the run in --output, and with further methods and tasks beside its own; with another --remat or "
+        "--attention numbers agree to rounding.",
+    )
 
     def __post_init__(self):
         for name, allowed in (("task", TASKS), ("methods", tuple(RECORDS))):
@@ -123,7 +127,7 @@ class OnlineConfig:
 
 def run(config: OnlineConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = check_run(config, free=FREE)
+    directory = check_run(config, free=(*FREE, *HOW))
     if jax.process_count() > 1:
         raise ValueError("experiments.online runs on one host")
     methods = config.parts("methods")

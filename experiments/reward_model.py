@@ -29,7 +29,7 @@ import numpy as np
 from absl import app
 
 from experiments import reward_report
-from experiments.align_config import AlignConfig, attention_field, remat_field
+from experiments.align_config import HOW, AlignConfig, attention_field, remat_field
 from experiments.align_fit import optimizer
 from experiments.align_world import World, prepare
 from experiments.launch import check_run, program
@@ -106,7 +106,11 @@ class RewardConfig:
     compilation_cache: str = compilation_cache_field()
     seed: int = field(0, "Root of all randomness.")
     output: str = field("runs/reward", "Directory of the run; nothing is written outside of it.")
-    resume: bool = field(False, "Go on with the run in --output, and with further kinds beside those it has.")
+    resume: bool = field(
+        False,
+        "Go on with the run in --output, and with further kinds beside those it has; with another --remat or "
+        "--attention numbers agree to rounding.",
+    )
 
     def __post_init__(self):
         kinds_of(self)
@@ -155,7 +159,7 @@ def kinds_of(config: RewardConfig) -> tuple[str, ...]:
 
 def run(config: RewardConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = check_run(config, free=FREE)
+    directory = check_run(config, free=(*FREE, *HOW))
     if jax.process_count() > 1:
         raise ValueError("experiments.reward_model runs on one host")
     world = prepare(config.align(), directory)

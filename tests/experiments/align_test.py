@@ -16,7 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import align, align_fit, align_world
-from experiments.align_config import AlignConfig
+from experiments.align_config import HOW, AlignConfig
 from tests.tiny import save_policy
 from tiltjax.data import text
 from tiltjax.models import pretrained
@@ -40,6 +40,10 @@ def not_a_number(prompts, completions):
 
 def complaining(prompts, completions):
     raise RuntimeError("first line\nsecond line")
+
+
+class Begun(Exception):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -242,12 +246,25 @@ def test_truncated_prompts_are_named_by_file_and_line(home, tmp_path, refused):
         ({"remat": "none"}, "auto", "none"),
     ],
 )
-def test_flags_say_how_the_policy_computes(home, tmp_path, flags_, attention, remat):
-    """They reach the model, and are no part of a fingerprint: candidates and reference stay those that they were."""
+def test_flags_say_how_the_policy_computes(home, tmp_path, monkeypatch, flags_, attention, remat):
+    """They reach the model. A run goes on with others, or from before there were any, with its own candidates."""
+    worlds, note, prepare = [], align.open_run, align.prepare
+
+    def begin(config):
+        note(config)
+        raise Begun
+
+    monkeypatch.setattr(align, "open_run", begin)
+    monkeypatch.setattr(align, "prepare", lambda *told: worlds.append(prepare(*told)) or worlds[-1])
     options = settings(home, tmp_path, batch_size=8, sample_batch=8)
-    worlds = [align_world.prepare(AlignConfig(**options | changes), tmp_path) for changes in ({}, flags_)]
+    for changes in ({}, {"resume": True} | flags_, {"resume": True}):
+        with pytest.raises(Begun):
+            align.run(AlignConfig(**options | changes))
+        if not changes:
+            noted = json.loads((tmp_path / "config.json").read_text())
+            (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in noted.items() if k not in HOW}))
     assert (worlds[1].model.config.attention, worlds[1].model.config.remat) == (attention, remat)
-    assert worlds[0].fingerprint == worlds[1].fingerprint
+    assert len({world.fingerprint for world in worlds}) == 1
 
 
 @pytest.fixture

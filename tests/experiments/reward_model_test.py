@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_another_kind_and_no_other_settings(home, finished, m
         raise AssertionError("every step was made")
 
     monkeypatch.setattr(reward_model, "sharded_step", lambda *args: no_step)
-    again = reward_model.run(dataclasses.replace(config, kind="global", resume=True))
+    again = reward_model.run(dataclasses.replace(config, kind="global", resume=True, attention="plain", remat="dots"))
     assert again["models"]["global"] == results["models"]["global"]
 
 
