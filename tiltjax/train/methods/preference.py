@@ -18,12 +18,20 @@ __all__ = ["PAIRWISE", "PREFERENCE"]
 RAFAILOV = "Rafailov et al., 2023, arXiv:2305.18290"
 
 
-def _pairwise(loss: Callable[..., Array], *, ref: bool = True, length: bool = False, beta: bool = True) -> Loss:
+def _pairwise(
+    loss: Callable[..., Array],
+    paper: str,
+    paper_beta: float,
+    *,
+    ref: bool = True,
+    length: bool = False,
+    beta: bool = True,
+) -> tuple[Loss, str, float, bool]:
     def kernel(logp: Array, batch: Batch, strength: Numeric) -> Array:
         arrays = [logp, *([logp_of(batch.ref, batch)] if ref else []), *([lengths(batch)] if length else [])]
         return loss(*arrays, **({"beta": strength} if beta else {}), where=batch.where)
 
-    return per_completion(kernel)
+    return per_completion(kernel), paper, paper_beta, ref
 
 
 def _nca_pair(logp, ref_logp, *, beta, where):
@@ -45,40 +53,40 @@ def _ld_dpo(view: View, batch: Batch, beta: Numeric) -> Average:
 
 _p = functools.partial
 
-PAIRWISE: dict[str, tuple[Loss, str, float]] = {
-    "dpo": (_pairwise(preference.dpo_loss), RAFAILOV, 0.1),
-    "cdpo": (_pairwise(_p(preference.dpo_loss, label_smoothing=0.1)), "Mitchell, 2023, Eq. 3", 0.1),
-    "robust_dpo": (_pairwise(_p(preference.robust_dpo_loss, label_smoothing=0.1)),
-                   "Chowdhury et al., 2024, arXiv:2403.00409", 0.1),
-    "ipo": (_pairwise(_p(preference.ipo_loss, length_average=False)), "Azar et al., 2023, arXiv:2310.12036", 0.1),
-    "hinge": (_pairwise(preference.hinge_loss), "Liu et al., 2023, arXiv:2309.06657", 0.1),
-    "slic": (_pairwise(preference.slic_loss, ref=False, beta=False), "Zhao et al., 2023, arXiv:2305.10425", 0.1),
-    "f_dpo_forward_kl": (_pairwise(_p(preference.dpo_loss, divergence="forward_kl")),
-                         "Wang et al., 2023, arXiv:2309.16240", 0.1),
-    "f_dpo_js": (_pairwise(_p(preference.dpo_loss, divergence="js")), "Wang et al., 2023, arXiv:2309.16240", 0.1),
-    "f_dpo_alpha": (_pairwise(_p(preference.dpo_loss, divergence="alpha", alpha=0.5)),
-                    "Wang et al., 2023, arXiv:2309.16240", 0.1),
-    "chi_po": (_pairwise(preference.chi_po_loss), "Huang et al., 2024, arXiv:2407.13399", 0.1),
-    "dpo_nll": (_pairwise(preference.dpo_nll_loss, length=True), "Pang et al., 2024, arXiv:2404.19733", 0.1),
-    "dpop": (_pairwise(preference.dpop_loss), "Pal et al., 2024, arXiv:2402.13228", 0.3),
-    "simpo": (_pairwise(_p(preference.simpo_loss, gamma=0.5), ref=False, length=True),
-              "Meng et al., 2024, arXiv:2405.14734", 2.0),
-    "cpo": (_pairwise(preference.cpo_loss, ref=False), "Xu et al., 2024, arXiv:2401.08417", 0.1),
-    "orpo": (_pairwise(preference.orpo_loss, ref=False, length=True, beta=False),
-             "Hong et al., 2024, arXiv:2403.07691", 0.1),
-    "exo": (_pairwise(_p(preference.exo_loss, label_smoothing=1e-3)), "Ji et al., 2024, arXiv:2402.00856", 0.1),
-    "nca_pair": (_pairwise(_nca_pair), "Chen et al., 2024, arXiv:2402.05369", 0.1),
-    "bco_pair": (_pairwise(_bco_pair), "Jung et al., 2024, arXiv:2404.04656", 0.1),
-    "apo_zero": (_pairwise(preference.apo_zero_loss), "D'Oosterlinck et al., 2024, arXiv:2408.06266", 0.1),
-    "apo_down": (_pairwise(preference.apo_down_loss), "D'Oosterlinck et al., 2024, arXiv:2408.06266", 0.1),
-    "aot": (_pairwise(preference.aot_loss), "Melnyk et al., 2024, arXiv:2406.05882", 0.1),
-    "discopop": (_pairwise(preference.discopop_loss), "Lu et al., 2024, arXiv:2406.08414", 0.05),
-    "ld_dpo": (_ld_dpo, "Liu et al., 2024, arXiv:2409.06411", 0.1),
+PAIRWISE: dict[str, tuple[Loss, str, float, bool]] = {
+    "dpo": _pairwise(preference.dpo_loss, RAFAILOV, 0.1),
+    "cdpo": _pairwise(_p(preference.dpo_loss, label_smoothing=0.1), "Mitchell, 2023, Eq. 3", 0.1),
+    "robust_dpo": _pairwise(_p(preference.robust_dpo_loss, label_smoothing=0.1),
+                            "Chowdhury et al., 2024, arXiv:2403.00409", 0.1),
+    "ipo": _pairwise(_p(preference.ipo_loss, length_average=False), "Azar et al., 2023, arXiv:2310.12036", 0.1),
+    "hinge": _pairwise(preference.hinge_loss, "Liu et al., 2023, arXiv:2309.06657", 0.1),
+    "slic": _pairwise(preference.slic_loss, "Zhao et al., 2023, arXiv:2305.10425", 0.1, ref=False, beta=False),
+    "f_dpo_forward_kl": _pairwise(_p(preference.dpo_loss, divergence="forward_kl"),
+                                  "Wang et al., 2023, arXiv:2309.16240", 0.1),
+    "f_dpo_js": _pairwise(_p(preference.dpo_loss, divergence="js"), "Wang et al., 2023, arXiv:2309.16240", 0.1),
+    "f_dpo_alpha": _pairwise(_p(preference.dpo_loss, divergence="alpha", alpha=0.5),
+                             "Wang et al., 2023, arXiv:2309.16240", 0.1),
+    "chi_po": _pairwise(preference.chi_po_loss, "Huang et al., 2024, arXiv:2407.13399", 0.1),
+    "dpo_nll": _pairwise(preference.dpo_nll_loss, "Pang et al., 2024, arXiv:2404.19733", 0.1, length=True),
+    "dpop": _pairwise(preference.dpop_loss, "Pal et al., 2024, arXiv:2402.13228", 0.3),
+    "simpo": _pairwise(_p(preference.simpo_loss, gamma=0.5),
+                       "Meng et al., 2024, arXiv:2405.14734", 2.0, ref=False, length=True),
+    "cpo": _pairwise(preference.cpo_loss, "Xu et al., 2024, arXiv:2401.08417", 0.1, ref=False),
+    "orpo": _pairwise(preference.orpo_loss,
+                      "Hong et al., 2024, arXiv:2403.07691", 0.1, ref=False, length=True, beta=False),
+    "exo": _pairwise(_p(preference.exo_loss, label_smoothing=1e-3), "Ji et al., 2024, arXiv:2402.00856", 0.1),
+    "nca_pair": _pairwise(_nca_pair, "Chen et al., 2024, arXiv:2402.05369", 0.1),
+    "bco_pair": _pairwise(_bco_pair, "Jung et al., 2024, arXiv:2404.04656", 0.1),
+    "apo_zero": _pairwise(preference.apo_zero_loss, "D'Oosterlinck et al., 2024, arXiv:2408.06266", 0.1),
+    "apo_down": _pairwise(preference.apo_down_loss, "D'Oosterlinck et al., 2024, arXiv:2408.06266", 0.1),
+    "aot": _pairwise(preference.aot_loss, "Melnyk et al., 2024, arXiv:2406.05882", 0.1),
+    "discopop": _pairwise(preference.discopop_loss, "Lu et al., 2024, arXiv:2406.08414", 0.05),
+    "ld_dpo": (_ld_dpo, "Liu et al., 2024, arXiv:2409.06411", 0.1, True),
 }  # fmt: skip
-"""Name of every pairwise loss: the loss, its paper and the paper's beta. Each makes two records, offline and online."""
+"""Name of every pairwise loss: the loss, its paper, the paper's beta, and whether it reads the reference. Each makes
+two records, offline and online."""
 
 _TILTS = ("dpo",)  # The others tend to another tilt, or to none: each loss says which.
-_FREE = ("slic", "simpo", "cpo", "orpo")  # Of a reference: those with ``ref=False``.
 
 
 def _ranked(logp: Array, batch: Batch, beta: Numeric) -> Array:
@@ -105,9 +113,9 @@ def _dpo_from_sampler(logp: Array, batch: Batch, beta: Numeric) -> Array:
 
 
 def _offline(name: str) -> Method:
-    loss, paper, beta = PAIRWISE[name]
+    loss, paper, beta, ref = PAIRWISE[name]
     return Method(name, paper, loss, (("initial", 2),), "preference", label=judged, rounds=1, beta=beta,
-                  reads_reference=name not in _FREE, learning_rate=1e-6, optimum="tilt" if name in _TILTS else "none",
+                  reads_reference=ref, learning_rate=1e-6, optimum="tilt" if name in _TILTS else "none",
                   units="preference" if name == "ipo" else "reward")  # fmt: skip
 
 
