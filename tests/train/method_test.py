@@ -140,7 +140,7 @@ def test_label_advantage_and_loss_of_every_record_fit(name):
 def test_records_say_whether_they_read_the_reference(monkeypatch):
     """Label, advantage, memory and loss, traced: a record that says no gets none, one that says yes needs it."""
     read = []
-    monkeypatch.setattr(Batch, "ref", property(lambda batch: read.append(batch) or batch.reference))
+    monkeypatch.setattr(Batch, "ref", property(lambda batch: read.append(batch) or batch.ref_view))
 
     def trace(method):
         players = loop.init_players(method, TABLE, TX)
@@ -173,7 +173,7 @@ def test_the_reference_is_asked_where_it_is_read(name, calls):
         drawn = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
         _, batch = loop.prepare(method, players, drawn, score(drawn), jax.random.key(1), view=counted, beta=0.5)
         assert (asked[-1] is players.reference) == (calls == 2)
-        assert (batch.reference is None) == (calls == 1)
+        assert (batch.ref_view is None) == (calls == 1)
         return loop.measures(view(TABLE, batch.candidates), batch)
 
     measured = jax.eval_shape(run)
@@ -271,7 +271,7 @@ def test_padding_moves_no_metric_no_loss_and_no_gradient(name):
     def spoil(x):
         return np.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 3)), x, np.float32(np.nan))
 
-    changes = {seen: jax.tree.map(spoil, getattr(batch, seen)) for seen in ("old", "reference")}
+    changes = {seen: jax.tree.map(spoil, getattr(batch, seen)) for seen in ("old", "ref_view")}
     if batch.advantage is not None and batch.advantage.ndim == 3:
         changes["advantage"] = spoil(batch.advantage)
     tokens = np.where(mask, batch.candidates.completion, 3)

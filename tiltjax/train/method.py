@@ -90,7 +90,7 @@ class Batch:
       candidates: Prompts, completions and masks; ``where`` is always there, ``reward`` is what the method climbs.
       source: Which entry of `Method.draw` wrote each, ``[B, N]``.
       old: The policy's view at the start of the round.
-      reference: The reference's view; None where the method does not read it. `ref` is the same for those who do.
+      ref_view: The reference's; None where the method does not read it. Who does says `ref`.
       advantage: ``[B, N]`` or ``[B, N, T]``; None where the loss needs none.
       returns: Targets of the critics, ``[B, N, T, H]``.
       fresh: True on rows of the first step of a round, where the policy still is the old one, ``[B]``.
@@ -99,7 +99,7 @@ class Batch:
     candidates: Candidates
     source: Int[Array, "B N"]
     old: View
-    reference: View | None = None
+    ref_view: View | None = None
     advantage: Float[Array, "..."] | None = None
     returns: Float[Array, "B N T H"] | None = None
     fresh: Bool[Array, "B"] | None = None
@@ -111,9 +111,9 @@ class Batch:
         Raises:
           ValueError: If there is none: the record says that nobody does.
         """
-        if self.reference is None:
+        if self.ref_view is None:
             raise ValueError("reads_reference must be True for a method that reads the reference's view, got False")
-        return self.reference
+        return self.ref_view
 
     @property
     def where(self) -> Bool[Array, "B N"]:

@@ -136,7 +136,7 @@ def prepare(
         candidates=dataclasses.replace(candidates, where=where, reward=feedback.reward),
         source=jnp.broadcast_to(jnp.array(sources)[None], where.shape),
         old=view(players.state.params, candidates),
-        reference=view(players.reference, candidates) if method.reads_reference else None,
+        ref_view=view(players.reference, candidates) if method.reads_reference else None,
     )
     now = Round(feedback=feedback, beta=beta, key=key, round=players.round, memory=players.memory, view=view)
     if method.memory is not None:
@@ -187,9 +187,9 @@ def measures(now: View, batch: Batch) -> dict[str, Average]:
         "reward": average(batch.reward, real),
         "length": average(jnp.sum(mask, axis=-1).astype(jnp.float32), real),
     }
-    if batch.reference is None:
+    if batch.ref_view is None:
         return measured
-    to_ref = ratio(batch.reference)
+    to_ref = ratio(batch.ref_view)
     kl = {"kl_k1": to_ref, "kl_k3": jnp.expm1(jnp.minimum(-to_ref, 20.0)) + to_ref}
     return measured | {name: average(value, real) for name, value in kl.items()}
 
