@@ -176,20 +176,24 @@ def test_the_candidates_of_one_prompt_are_spread_over_all_devices(slots, tempera
 
 @pytest.mark.parametrize("slots", [None, 16])
 @pytest.mark.parametrize(
-    ("B", "n", "share"),
+    ("B", "n", "share", "axes"),
     [
-        (1, 16, (1, 2)),
-        (8, 16, (1, 16)),
-        (16, 3, (2, 3)),
-        (4, 6, (1, 3)),
-        (2, 8, (1, 2)),
-        (3, 4, (3, 1)),
-        (3, 5, (3, 5)),
+        (1, 16, (1, 2), "data:4,fsdp:2"),
+        (8, 16, (1, 16), "data:4,fsdp:2"),
+        (16, 3, (2, 3), "data:4,fsdp:2"),
+        (4, 6, (1, 3), "data:4,fsdp:2"),
+        (2, 8, (1, 2), "data:4,fsdp:2"),
+        (3, 4, (3, 1), "data:4,fsdp:2"),
+        (2, 6, (1, 6), "data:4,fsdp:2"),
+        (3, 5, (3, 5), "data:4,fsdp:2"),
+        (4, 2, (1, 1), "data:2,fsdp:4"),
+        (4, 3, (1, 3), "data:2,fsdp:4"),
     ],
-    ids=["one prompt", "prompts", "two each", "both", "both, turned", "candidates in part", "neither"],
-)
-def test_what_a_device_does_of_a_call(B, n, share, slots, monkeypatch):
-    """Data 4, fsdp 2: the candidates that each device makes room for, read where the sampler is traced."""
+    ids=["one prompt", "prompts", "two each", "both", "both, turned", "candidates in part", "prompts in part",
+         "neither", "data leaves prompts to fsdp", "and does nothing itself"],
+)  # fmt: skip
+def test_what_a_device_does_of_a_call(B, n, share, axes, slots, monkeypatch):
+    """The candidates that each device makes room for, read where the sampler is traced."""
     seen = []
 
     def noted(keys, *arguments, **options):
@@ -199,7 +203,7 @@ def test_what_a_device_does_of_a_call(B, n, share, slots, monkeypatch):
 
     whole = {True: rollout.decode, False: rollout.decode_queue}
     monkeypatch.setattr(rollout, "decode" if slots is None else "decode_queue", noted)
-    sampler = sampler_of.__wrapped__(num_candidates=n, slots=slots, mesh=make_mesh("data:4,fsdp:2"))
+    sampler = sampler_of.__wrapped__(num_candidates=n, slots=slots, mesh=make_mesh(axes))
     shape = jax.eval_shape(functools.partial(drawn, sampler, B))
     assert shape.completion.shape == (B, n, T)
     ((keys, rows),) = seen

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
@@ -60,11 +61,12 @@ def make_sampler(
       top_p: Likewise.
       slots: Candidates at a time: the B prompts of a call are a queue, and a finished candidate makes room for the next
         one (`tiltjax.samplers.continuous`). None decodes all of them together, to the end of the last.
-      mesh: Divides every call over ``data`` and ``fsdp``: an axis divides the prompts where their number allows it,
-        else every prompt's candidates (each device then runs the prompt itself), else nothing: its devices do the same
-        work. With ``slots``, or where candidates are divided, a device works on its own share of the call and of the
-        slots, with whole parameters, and waits for no other. Otherwise prompts are divided as they lie; so are they
-        where devices share a layer (``tensor`` above 1) and must go in step: all candidates are decoded together there.
+      mesh: Divides every call over ``data`` and ``fsdp``: an axis divides the prompts, or every prompt's candidates
+        (each device then runs the prompt itself), or nothing: its devices do the same work. Of what the numbers allow
+        it is what keeps most devices busy, and then what divides prompts most. With ``slots``, or where candidates are
+        divided, a device works on its own share of the call and of the slots, with whole parameters, and waits for no
+        other. Otherwise prompts are divided as they lie; so are they where devices share a layer (``tensor`` above 1)
+        and must go in step: all candidates are decoded together there.
 
     Returns:
       ``(key, model, prompt [B, S], prompt_mask [B, S], index [B] = 0 .. B - 1) -> Decoded``: prompt i draws with
@@ -111,16 +113,19 @@ def make_sampler(
 
 
 def _axes_for(mesh: Mesh, B: int, N: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Mesh axes that divide B prompts, and those that divide their N candidates; what fits prompts goes to them."""
-    left = [B, N]
-    axes: tuple[list[str], list[str]] = ([], [])
-    for name in _DIVIDING:
-        size = mesh.shape[name]
-        taker = next((i for i in (0, 1) if left[i] % size == 0), None)
-        if taker is not None:
-            left[taker] //= size
-            axes[taker].append(name)
-    return tuple(axes[0]), tuple(axes[1])
+    """Mesh axes that divide B prompts, and those that divide their N candidates: most devices, then most prompts."""
+
+    def places(axes: tuple[str, ...]) -> int:
+        return math.prod(mesh.shape[name] for name in axes)
+
+    ways = []
+    for takers in itertools.product("pc-", repeat=len(_DIVIDING)):
+        prompts, candidates = (
+            tuple(name for name, taker in zip(_DIVIDING, takers, strict=True) if taker == who) for who in "pc"
+        )
+        if B % places(prompts) == 0 and N % places(candidates) == 0:
+            ways.append((prompts, candidates))
+    return max(ways, key=lambda way: (places(way[0] + way[1]), places(way[0])))
 
 
 def _divided(
@@ -366,7 +371,7 @@ def whole_on_every_host(drawn: PyTree, sharding: Sharding | None) -> PyTree:
     """
     if jax.process_count() == 1 or not isinstance(sharding, NamedSharding):
         return drawn
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(drawn)
+    return jax.device_put(drawn, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _report(description: str, lengths: np.ndarray, plan: list[Batch], widths: tuple[int, ...]) -> None:
