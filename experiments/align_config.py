@@ -143,7 +143,11 @@ class AlignConfig:
     )
     remat: str = remat_field()
     attention: str = attention_field()
-    sample_batch: int = field(8, "Prompts sampled (their number of candidates, from a queue) and scored at a time.")
+    sample_batch: int = field(
+        8,
+        "Prompts sampled (their number of candidates, from a queue) and scored at a time; where devices cannot share "
+        "them, they share the candidates of each.",
+    )
     checkpoint_every: int = field(8, "Steps between checkpoints.")
     compilation_cache: str = compilation_cache_field()
     seed: int = field(0, "Root of all randomness.")

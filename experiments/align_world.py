@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.align_config import RECORDS, AlignConfig
 from experiments.align_given import LEARNED, Given, load_given
@@ -52,6 +52,11 @@ class World:
     fingerprint: str
     given: Given
 
+    @property
+    def places(self) -> int:
+        """Over how many devices prompts are divided."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
     def rollout(self, split: str, model: Transformer, *, seed: int) -> tuple[Candidates, list[list[str]]]:
         """N scored candidates of every prompt of a split, kept on disk once they are whole."""
         config, rows = self.config, self.rows[split.partition("-")[0]]
@@ -59,15 +64,17 @@ class World:
         if distributed.agree(path.exists()):
             drawn = batches.load(path, fingerprint=self.fingerprint)
             return drawn, self.texts(drawn)
+        size = config.sample_batch * min(QUEUE, -(-len(rows) // config.sample_batch))
+        everywhere = NamedSharding(self.mesh, PartitionSpec())  # The sampler then divides candidates.
         drawn = collect(
             jax.random.fold_in(jax.random.key(config.seed), seed),
             model,
             text.encode_prompts(self.tokenizer, [row.prompt for row in rows]),
             sampler=self.sampler,
             pad_id=text.pad_id(self.tokenizer),
-            batch_size=config.sample_batch * min(QUEUE, -(-len(rows) // config.sample_batch)),
+            batch_size=size,
             reward=lambda places, part: self.score([rows[i] for i in places], self.texts(part)),
-            sharding=batch_sharding(self.mesh),
+            sharding=everywhere if size % self.places else batch_sharding(self.mesh),
             directory=path.with_suffix(""),
             fingerprint=self.fingerprint,
             description=f"sample {split}",
@@ -98,12 +105,13 @@ class World:
 
     def ref_logp(self, drawn: Candidates, description: str) -> np.ndarray:
         """Log-probability of every completion under the reference, by the scorer."""
+        size = -(-self.config.sample_batch // self.places) * self.places  # Up to what devices can share.
         return score_all(
             self.model,
             drawn,
-            batch_size=self.config.sample_batch,
+            batch_size=size,
             scorer=self.scorer,
-            buckets=4 if len(drawn.prompt) > self.config.sample_batch else 1,  # Many calls of one batch: one shape.
+            buckets=4 if len(drawn.prompt) > size else 1,  # Many calls of one batch: one shape.
             sharding=batch_sharding(self.mesh),
             description=description,
         )
@@ -160,9 +168,8 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
             raise ValueError(f"{config.prompts}: reward {config.reward!r} needs a column {column!r}")
     mesh = make_mesh(config.mesh)
     places = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name in ("batch_size", "sample_batch"):
-        if getattr(config, name) % places:
-            raise ValueError(f"{name} must be a multiple of data x fsdp = {places}, got {getattr(config, name)}")
+    if config.batch_size % places:
+        raise ValueError(f"batch_size must be a multiple of data x fsdp = {places}, got {config.batch_size}")
     if config.mapping == "pmap":
         if places != jax.device_count():
             raise ValueError(f"mesh must put every device on data where mapping=pmap, got {config.mesh!r}")

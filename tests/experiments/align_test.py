@@ -220,7 +220,7 @@ def refused(capsys, monkeypatch):
         ({"prompts": "/no/such/prompts.jsonl"}, "/no/such/prompts.jsonl"),
         ({"num_prompts": 9}, "13 prompts are needed (training and held-out), the file has 12"),
         ({"mesh": "data:3"}, "3 places for 8 devices"),
-        ({"sample_batch": 4}, "sample_batch must be a multiple of data x fsdp = 8, got 4"),
+        ({"batch_size": 4}, "batch_size must be a multiple of data x fsdp = 8, got 4"),
         ({"mesh": "data:4,tensor:2", "mapping": "pmap"}, "mesh must put every device on data where mapping=pmap"),
         ({"mapping": "pmap", "microbatches": 2}, "microbatches must divide the 1 prompts of each device"),
     ],
@@ -325,6 +325,26 @@ def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_p
     assert len(scored) == 2
     with pytest.raises(ValueError, match="made by another policy, tokenizer, prompts or settings"):
         data("dpo", fingerprint="0" * 16)
+
+
+def test_prompts_that_cannot_be_divided_give_the_same_candidates(home, tmp_path):
+    """Four of one prompt at a time in a queue, on eight devices: each draws one of a prompt's eight candidates."""
+    found, held = {}, []
+    for size in (8, 1):
+        options = settings(home, tmp_path / f"{size}", batch_size=8, sample_batch=size, num_candidates=8)
+        world = align_world.prepare(AlignConfig(**options), tmp_path / f"{size}")
+
+        def sampler(*arguments, whole=world.sampler):
+            out = whole(*arguments)
+            held.append((out.completion.shape, out.completion.sharding.shard_shape(out.completion.shape)))
+            return out
+
+        drawn, _ = dataclasses.replace(world, sampler=sampler).rollout("train", world.model, seed=0)
+        found[size] = drawn, world.ref_logp(drawn, "score")
+    assert held == [((8, 8, 6), (1, 8, 6)), *[((4, 8, 6), (4, 1, 6))] * 2]
+    for name in ("prompt", "completion", "completion_mask", "reward"):
+        np.testing.assert_array_equal(getattr(found[1][0], name), getattr(found[8][0], name))
+    np.testing.assert_allclose(found[1][1], found[8][1], atol=1e-4)
 
 
 def test_packed_rows_hold_what_counts_in_one_shape(home, tmp_path, compiled_once):
