@@ -169,9 +169,32 @@ def test_a_record_improves_the_policy_of_two_processes_as_that_of_one(alone, res
     logged = [(path / "metrics.jsonl").read_text() for path in (ours, theirs)]
     np.testing.assert_allclose(*map(numbers, logged), atol=1e-4, rtol=1e-4)
     lines = [json.loads(line) for line in logged[1].splitlines()]
-    assert [(line["step"], line["off_policy"]) for line in lines] == [(0, 0), (1, 0)]
+    # The second of a round's two mini-batches was drawn before the first was learned; the first step has a rate of 0.
+    assert [(line["step"], line["off_policy"] > 0) for line in lines] == [(0, False), (1, True), (2, True), (3, True)]
     assert abs(lines[0]["kl_k1"]) < 1e-6
-    assert checkpoint.latest(theirs / "checkpoints") == 2
+    assert checkpoint.latest(theirs / "checkpoints") == 4
+
+
+def test_two_processes_draw_the_candidates_of_few_prompts_as_those_of_many(alone, resumed):
+    directory = resumed["directory"]
+    one = directory.with_name(f"{directory.name}-one")
+    ours, theirs = (np.load(path / "candidates" / "heldout.npz") for path in (alone, one))
+    for column in ("prompt", "completion", "completion_mask", "reward"):
+        np.testing.assert_array_equal(theirs[column], ours[column])
+    assert len(list((one / "candidates" / "heldout").iterdir())) == 5  # Four prompts a call, on eight devices.
+
+
+def test_the_exchange_between_hosts_is_compiled_once(resumed):
+    for log in resumed["logs"]:
+        counts = [line for line in log.splitlines() if line.startswith("exchange: ")]
+        assert counts[1:] == ["exchange: 0 compiled"] * 2
+
+
+def test_what_a_checkpoint_waits_for_fails_on_all_hosts_or_none(resumed):
+    said = ["checkpoint: disk full; the last is None",
+            "checkpoint: host 0 of 2 failed; its own message says why; the last is None"]  # fmt: skip
+    for log, line in zip(resumed["logs"], said, strict=True):
+        assert line in log.splitlines()
 
 
 def test_two_processes_work_through_one_queue(resumed):

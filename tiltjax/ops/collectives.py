@@ -155,7 +155,7 @@ def num_parts(x: Array, axes: tuple[str, ...] = ("data", "fsdp")) -> int:
       axes: Mesh axes; those that the mesh does not have, or that are mapped by hand, do not count.
 
     Returns:
-      1 under `jax.pmap` and `jax.shard_map`, where shapes are those of one device, and on one device.
+      1 for axes mapped by hand (`jax.pmap`, `jax.shard_map`), where shapes are those of one device, and on one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = _free_axes(jax.typeof(x).sharding.mesh if mesh.empty else mesh)

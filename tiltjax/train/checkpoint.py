@@ -77,7 +77,7 @@ class Saver:
           step: Names the checkpoint.
           tree: Pytree of arrays.
           after: What must be done before the checkpoint counts, such as the wait for a line of metrics; it is called
-            when all is written, and if it fails the checkpoint does not count.
+            when all is written, and if it fails, on this host or on another, the checkpoint does not count.
         """
         self.wait()
         # The arrays of a CPU are read where they lie, and the next step may overwrite them.
@@ -156,7 +156,7 @@ def _finish(
     checkpointer, part, step = begun
     with checkpointer:
         checkpointer.wait_until_finished()
-    after()
+    distributed.together(after)
     root, final = part.parent, part.parent / str(step)
     distributed.barrier(f"checkpoint {step} written")
     if distributed.is_main():
