@@ -139,7 +139,7 @@ def _drawing(
 ) -> Callable[[Players, PRNGKey, int], tuple[Candidates, Feedback, float]]:
     """``(players at work, key, round) -> candidates, feedback, draws per mini-batch``, all in NumPy, on every host.
 
-    The next mini-batch is being drawn while the host rewards one.
+    Within a round the next mini-batch is being drawn while the host rewards one; an online record has one a round.
     """
     config, given, B = world.config, world.given, world.config.batch_size
     place = batch_sharding(world.mesh)

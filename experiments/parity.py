@@ -24,6 +24,7 @@ import numpy as np
 from absl import app, flags
 from safetensors.numpy import load_file
 
+from experiments.launch import program
 from tiltjax.data.text import find_embedded_gguf, load_tokenizer
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
@@ -70,9 +71,9 @@ PROMPTS = (
 """What SmolLM2 reads."""
 
 
-def main(argv: list[str]) -> None:
+@program
+def main() -> None:
     """Prints the table; exits with status 1 if a line fails, 2 if torch is missing."""
-    del argv
     missing = [name for name in ("torch", "accelerate", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
         print(f"{', '.join(missing)} not installed: pip install 'tiltjax[parity,gguf]'", file=sys.stderr)
