@@ -354,7 +354,8 @@ def main(
     """
     given = options(argv, program, cases, dtypes=dtypes, default=default)
     if len(given.cases) == 1:
-        emit(program, one(given.cases[0], given), show=show)
+        row = one(given.cases[0], given)
+        emit(row.get("measure", given.cases[0].module), row, show=show)
         return
     failed = []
     for case in given.cases:

@@ -302,11 +302,10 @@ def _gpu(rows: Sequence[Row]) -> str:
 def _conditions(rows: Sequence[Row]) -> str:
     last = rows[-1]
     machine = last["machine"]
-    versions: dict[str, str] = {}
-    for row in rows:
-        versions |= row["versions"]
+    # Every environment has its own.
+    versions = sorted({item for row in rows for item in row["versions"].items()})
     units = f" with {', '.join(machine['units'])}" if machine["units"] else ""
-    shown = ", ".join(f"{name} {value}" for name, value in sorted(versions.items()))
+    shown = ", ".join(f"{name} {value}" for name, value in versions)
     dates = sorted(row["date"] for row in rows)
     commits = ", ".join(sorted({row["commit"] or "no checkout" for row in rows}))
     busy = statistics.median([row["others"] for row in rows if "others" in row] or [0.0])

@@ -179,8 +179,8 @@ _STAGES = {
 
 _HIT = "/jax/compilation_cache/cache_hits"
 
-_LONG = 0.5
-"""Seconds of compiling above which a program counts: JAX keeps none that took less than a second."""
+_LONG = 2.0
+"""Seconds of compiling above which a program counts: JAX keeps none on disk that took less than one."""
 
 
 class Compiling:
