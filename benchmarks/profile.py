@@ -4,7 +4,7 @@
     python -m benchmarks.profile --cases=best_of_64_long
 
 ``share`` is of the time of all threads, ``alone`` the part of it in which no other thread worked, ``GFLOP/s`` the speed
-of a thread at products of matrices; what is missing to 100 % nobody worked. What XLA has fused counts for the line of
+of a thread at products of matrices; for what is missing to 100 % threads were idle. What XLA has fused counts for the line of
 its last operation. A row per case goes to ``benchmarks/results/profile.jsonl``, and into docs/performance.md with the
 run that it belongs to.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.cases import CASES, Case
-from benchmarks.report import told_profile
+from benchmarks.profile_report import told_profile
 
 if __name__ == "__main__":
     harness.huge_pages()

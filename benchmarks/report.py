@@ -8,8 +8,9 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.cases import CASES, Case
+from benchmarks.profile_report import profiles, table
 
-__all__ = ["ratio", "told_profile", "write"]
+__all__ = ["ratio", "write"]
 
 Row = dict[str, Any]
 
@@ -50,7 +51,7 @@ def write(rows: Sequence[Row], path: str | os.PathLike, *, shape: str) -> str:
         "work: useful GFLOP, with a prompt computed once (tiltjax) or for every completion (peers); share: that work "
         "per second over a plain matrix product of 2048 x 2048 in the same process with operands of the same type.",
         _settings(timed),
-        *_profiles(rows, shape),
+        *profiles(rows, shape),
         *_rest(rows, shape),
         "## On a GPU",
         _gpu(gpu),
@@ -92,11 +93,6 @@ def _by_dtype(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return dict(sorted(groups.items(), key=lambda item: statistics.median(_laps(item[1]))))
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def _goals(rows: Sequence[Row]) -> str:
     body = []
     for case in CASES:
@@ -113,7 +109,7 @@ def _goals(rows: Sequence[Row]) -> str:
         goal = f"{case.goal:g}" if case.goal else "-"
         body.append([*cells, goal, _verdict(case, peers)])
     head = ["work", "tiltjax, s", "TRL, s", "ratio", "Tunix, s", "ratio", "goal", "verdict"]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _against(groups: dict[str, list[Row]], mine: list[Row], settings: int) -> list[str]:
@@ -155,7 +151,7 @@ def _memory(rows: Sequence[Row]) -> str:
         cells += [f"{min(row['peak_gb'] for row in tunix):.2f}" if tunix else "-", f"{goal:g}"]
         body.append([*cells, "met" if share <= goal else "**missed**"])
     head = ["work", "tiltjax", "cached", "TRL, fastest", "share", "TRL, leanest", "share", "Tunix", "goal", "verdict"]
-    return _table(head, body) if body else "No peer was measured."
+    return table(head, body) if body else "No peer was measured."
 
 
 def _parts(rows: Sequence[Row]) -> list[str]:
@@ -178,7 +174,7 @@ def _parts(rows: Sequence[Row]) -> list[str]:
         "compiler's, the allocator's and what the peak did not need at once (then it is negative)."
     )
     head = ["work", "program", "peak", "libraries", "arrays", "temporaries", "rest"]
-    return [text, _table(head, body)]
+    return [text, table(head, body)]
 
 
 def _peak(rows: Iterable[Row]) -> float:
@@ -192,7 +188,7 @@ def _settings(rows: Sequence[Row]) -> str:
             for dtype, found in _by_dtype(_pick(rows, case=case.name, library=library)).items():
                 body.append(_setting(case, f"{_NAMES[library]} {dtype}", found))
     head = ["work", "setting", "seconds", "laps", "CPU, s", "others", "work, GFLOP", "share", "peak, GB"]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _setting(case: Case, name: str, rows: list[Row]) -> list[str]:
@@ -211,60 +207,6 @@ def _setting(case: Case, name: str, rows: list[Row]) -> list[str]:
     ]
 
 
-def _profiles(rows: Sequence[Row], shape: str) -> list[str]:
-    """Where tiltjax's time goes, case by case."""
-    found = [row for row in rows if row.get("measure") == "profile" and row["shape"] == shape]
-    if not found:
-        return []
-    order = [case.name for case in CASES]
-    found.sort(key=lambda row: order.index(row["case"]))
-    return ["## Where the time goes", _PROFILES, *(_profile(row) for row in found)]
-
-
-_PROFILES = (
-    "`python -m benchmarks.profile`: one call of each case, traced; XLA's operations summed by the function of the "
-    "library that asked for them, those of a percent or more (by line of the source: what the command prints, and "
-    "`benchmarks/results/profile.jsonl`). Share: of the time of all threads; alone: the part of it in which no other "
-    "thread worked; GFLOP/s: of a thread at products of matrices, to be held to the yardstick, a product of 2048 x "
-    "2048. What XLA fuses counts for its last operation; tracing lengthens what consists of many short ones."
-)
-
-
-def told_profile(row: Row) -> str:
-    """A profile for a terminal: by function, then by line of the source."""
-    names = [[one["phase"], one["line"] or "-", _code(one["text"])] for one in row["lines"]]
-    return f"{_profile(row)}\n\n{_worked(['phase', 'line', 'source'], names[:15], row['lines'])}\n"
-
-
-def _profile(row: Row) -> str:
-    text = next(case.text for case in CASES if case.name == row["case"])
-    large = [one for one in row["functions"] if one["share"] >= 0.01]
-    shown, told = (sum(one["share"] for one in ones) for ones in (large, row["functions"]))
-    head = (
-        f"{row['seconds']:.2f} s, {row['traced_seconds']:.2f} s traced; yardstick {row['yardstick']:,.0f}; in "
-        f"{1 - told:.1%} of the time of all threads nobody worked, what is below a percent took {told - shown:.1%}."
-    )
-    names = [[one["phase"], _code(one["function"]) + (", products" if one["product"] else "")] for one in large]
-    return f"### {text}\n\n{head}\n\n{_worked(['phase', 'function'], names, large)}"
-
-
-def _code(text: str) -> str:
-    return f"`{text}`".replace("|", "\\|") if text else "-"
-
-
-def _worked(head: list[str], names: list[list[str]], rows: Sequence[Row]) -> str:
-    figures = [
-        [f"{one['share']:.1%}", f"{one['alone']:.1%}", _speed(one["gflops"]), f"{one['runs']:,}"]
-        for one in rows[: len(names)]
-    ]
-    body = [[*name, *told] for name, told in zip(names, figures, strict=True)]
-    return _table([*head, "share", "alone", "GFLOP/s", "operations"], body)
-
-
-def _speed(gflops: float) -> str:
-    return f"{gflops:,.0f}" if gflops else "-"
-
-
 def _rest(rows: Sequence[Row], shape: str) -> list[str]:
     """What stands on its own: other shapes, time to the first step, imports, and what failed."""
     sections = []
@@ -276,15 +218,15 @@ def _rest(rows: Sequence[Row], shape: str) -> list[str]:
         keys = ("import_seconds", "trace_seconds", "lower_seconds", "compile_seconds", "to_first_step_seconds")
         body = [[row["case"], row["shape"], row["cache"], *(f"{row[key]:.1f}" for key in keys)] for row in compiled]
         head = ["work", "shape", "cache", "imports, s", "trace", "lower", "compile", "process to the end of step 1"]
-        sections += ["## Time to the first step", _table(head, body)]
+        sections += ["## Time to the first step", table(head, body)]
     imported = [row for row in rows if row.get("measure") == "imports"]
     if imported:
         body = [[_NAMES[row["library"]], f"`{row['statement']}`", f"{row['seconds']:.2f}"] for row in imported]
-        sections += ["## Import time", _table(["environment", "statement", "seconds, above an empty one"], body)]
+        sections += ["## Import time", table(["environment", "statement", "seconds, above an empty one"], body)]
     failed = [row for row in rows if row.get("measure") == "failure"]
     if failed:
         body = [[row["case"], row["library"], row["dtype"], row["why"].replace("|", "/")] for row in failed]
-        sections += ["## What failed", _table(["work", "library", "setting", "why"], body)]
+        sections += ["## What failed", table(["work", "library", "setting", "why"], body)]
     return sections
 
 
@@ -296,7 +238,7 @@ def _gpu(rows: Sequence[Row]) -> str:
     body = [
         [row["device"], row["shape"], row["text"], f"{row['seconds']:.4g}", row["figure"], row["goal"]] for row in rows
     ]
-    return _table(["device", "shape", "work", "seconds", "figure", "goal"], body)
+    return table(["device", "shape", "work", "seconds", "figure", "goal"], body)
 
 
 def _conditions(rows: Sequence[Row]) -> str:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import children, compare, gpu, harness, profile, report, trace, workload
+from benchmarks import children, compare, gpu, harness, profile, profile_report, report, trace, workload
 from benchmarks.cases import CASES, SHAPES, case_named
 
 
@@ -256,7 +256,7 @@ def test_a_profile_is_kept_and_shown(results, capsys):
     assert any(one["line"].startswith("tiltjax/models/") and one["text"] for one in row["lines"])
     assert {"forward", "gradient", "update"} <= {one["phase"] for one in row["functions"]}
     assert row["dtype"] == "float32"
-    assert capsys.readouterr().out == report.told_profile(row) + "\n"
+    assert capsys.readouterr().out == profile_report.told_profile(row) + "\n"
     timed = fake_row(children.Job("tiltjax", case_named("sft_8x128"), "tiny", "auto"), [1.0], 1.0)
     report.write([timed, row], results / "page.md", shape="tiny")
-    assert report._profile(row) in (results / "page.md").read_text()
+    assert profile_report._profile(row) in (results / "page.md").read_text()
