@@ -4,9 +4,9 @@
     python -m benchmarks.profile --cases=best_of_64_long
 
 ``share`` is of the time of all threads, ``alone`` the part of it in which no other thread worked, ``GFLOP/s`` the speed
-of a thread at products of matrices; for what is missing to 100 % threads were idle. What XLA has fused counts for the line of
-its last operation. A row per case goes to ``benchmarks/results/profile.jsonl``, and into docs/performance.md with the
-run that it belongs to.
+of a thread at products of matrices; for what is missing to 100 % threads were idle. What XLA has fused counts for the
+line of its last operation. A row per case goes to ``benchmarks/results/profile.jsonl``, and into docs/performance.md
+with the run that it belongs to.
 """
 
 import linecache
