@@ -81,9 +81,7 @@ def run(config: AlignConfig) -> dict[str, Any]:
     results, samples = compare(world, held_out, texts, tuned)
     if config.method != "soft_best_of_n":
         pretrained.save(tuned, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
-    if distributed.is_main():
-        reporting.write(directory, config, results, samples, reward=reward, train=estimates)
-    distributed.barrier("report")
+    distributed.by_main(lambda: reporting.write(directory, config, results, samples, reward=reward, train=estimates))
     return results
 
 

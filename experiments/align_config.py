@@ -190,9 +190,11 @@ class AlignConfig:
 
 def open_run(config: AlignConfig) -> None:
     """Makes the directory and notes the settings in it, after every host has run `experiments.launch.check_run`."""
-    distributed.barrier("run checked")
-    if distributed.is_main():
-        directory = pathlib.Path(config.output)
+    directory = pathlib.Path(config.output)
+
+    def note():
         directory.mkdir(parents=True, exist_ok=True)
         save_config(config, directory / "config.json")
-    distributed.barrier("run open")
+
+    distributed.barrier("run checked")
+    distributed.by_main(note)

@@ -1,6 +1,5 @@
 """`experiments.align` by a record of `tiltjax.train.methods`: rounds of candidates, rewards from the host, and fits."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -23,7 +22,7 @@ from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import checkpoint, distributed, rounds
 from tiltjax.train.method import Feedback, Method, Players
-from tiltjax.train.metrics import MetricsWriter
+from tiltjax.train.metrics import Journal
 from tiltjax.train.policy import at_work, model_sample, model_view, with_critics
 from tiltjax.train.rollout import overlapped, whole_on_every_host
 from tiltjax.train.sharding import batch_sharding, shard, shardings
@@ -46,7 +45,7 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
     Returns:
       The policy after the last round.
     """
-    config, mesh, writes = world.config, world.mesh, distributed.is_main()
+    config, mesh = world.config, world.mesh
     record = record_of(config.method, num_candidates=config.num_candidates, steps=config.steps)
     if any(needs(record) and getattr(world.given, name) is None for name, needs in NEEDS.items()):
         world = dataclasses.replace(world, given=load_given(config, record, world.rows["train"], world.tokenizer))
@@ -63,26 +62,25 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
         params = distributed.replicate(players.state.params, mesh)
         return whole(params["model"] if isinstance(params, dict) else params, frozen)
 
-    writer = MetricsWriter(world.directory, resume_step=first if first else None) if writes else None
+    silent = not distributed.is_main()
     with (
+        Journal(world.directory, resume_step=first if first else None) as journal,
         checkpoint.Saver(folder) as saver,
-        writer or contextlib.nullcontext(),
-        tqdm(total=count, initial=first, desc=config.method, unit="round", disable=not writes) as bar,
+        tqdm(total=count, initial=first, desc=config.method, unit="round", disable=silent) as bar,
     ):
         for r in range(first, count):
             key, learn = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1000 + r))
             drawn, told, draws = draw(at_work(players, record.sources, frozen=frozen), key, r)
             players, scalars = fit(players, drawn, told, learn)
-            values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-            values |= {"drawn_reward": _drawn_reward(told, drawn)} | ({"draws": draws} if record.resample else {})
-            if writer is not None:
-                writer.write(r, values)
+            more = {"drawn_reward": _drawn_reward(told, drawn)} | ({"draws": draws} if record.resample else {})
+            line = journal.write(r, {**scalars, **more})
+            values = line.values()
             bar.set_postfix_str(json.dumps({k: round(values[k], 3) for k in ("reward", "kl_k1") if k in values}))
             bar.update()
             if (r + 1) % config.checkpoint_every == 0 or r + 1 == count:
                 if watch is not None:
                     watch(r + 1, policy())
-                saver.save(r + 1, players)
+                saver.save(r + 1, players, after=line.written)
     return policy()
 
 

@@ -79,8 +79,7 @@ class World:
             fingerprint=self.fingerprint,
             description=f"sample {split}",
         )
-        if distributed.is_main():
-            batches.save(path, drawn, fingerprint=self.fingerprint)
+        distributed.by_main(lambda: batches.save(path, drawn, fingerprint=self.fingerprint))
         return drawn, self.texts(drawn)
 
     def texts(self, drawn: Candidates) -> list[list[str]]:
@@ -125,9 +124,12 @@ class World:
         if distributed.agree(path.exists()):
             return batches.load(path, fingerprint=self.fingerprint)
         drawn = dataclasses.replace(drawn, ref_logp=self.ref_logp(drawn, description))
-        if distributed.is_main():
+
+        def keep():
             path.parent.mkdir(parents=True, exist_ok=True)
             batches.save(path, drawn, fingerprint=self.fingerprint)
+
+        distributed.by_main(keep)
         return drawn
 
 

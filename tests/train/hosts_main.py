@@ -1,13 +1,17 @@
 """`experiments.align`, and then more on the same policy: what a test starts as one of several processes."""
 
 import dataclasses
+import functools
+import itertools
 import pathlib
 import sys
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import align
 from experiments.align_config import AlignConfig
@@ -17,9 +21,10 @@ from experiments.align_world import prepare
 from experiments.launch import program
 from tiltjax.models import pretrained
 from tiltjax.samplers.continuous import decode_queue
-from tiltjax.train import checkpoint, distributed, rollout
+from tiltjax.train import checkpoint, distributed, metrics, rollout
 from tiltjax.train.config import define_flags, from_flags
 from tiltjax.train.distributed import Hosts
+from tiltjax.train.loop import fit
 from tiltjax.train.sharding import batch_sharding, make_mesh
 
 RECORD_MESH = "data:2,fsdp:2,tensor:2"
@@ -61,19 +66,42 @@ def exchanged():
 
 
 def not_written(config):
-    """Says what a host hears when the metrics that a checkpoint waits for cannot be written, by process 0 alone."""
-    directory = pathlib.Path(f"{config.output}-full")
+    """Says how far a fit came, and what a host heard, when process 0 alone could not write something, once.
 
-    def write():
-        if distributed.is_main():
-            raise OSError("disk full")
+    A line of metrics between two checkpoints, or the name of a checkpoint; the hosts need each other in every step.
+    """
 
-    saver = checkpoint.Saver(directory)
-    saver.save(1, {"w": np.ones(2, np.float32)}, after=write)
-    try:
-        saver.wait()
-    except (OSError, ValueError) as error:
-        sys.stdout.write(f"checkpoint: {error}; the last is {checkpoint.latest(directory)}\n")
+    def failing(work, fault):
+        calls = itertools.count()
+
+        def run(*arguments, **options):
+            if next(calls) == fault:
+                raise OSError("disk full")
+            return work(*arguments, **options)
+
+        return run
+
+    mesh = make_mesh("data:8")
+    place, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, in_shardings=(whole, place, whole, None), out_shardings=whole)
+    def step_fn(state, batch, key, frozen):
+        mean = batch.mean()
+        return state + mean, {"loss": mean}
+
+    def batches(step):
+        steps.append(step)
+        return distributed.global_batch(np.ones(4, np.float32), place, 8)
+
+    for owner, name, fault in ((metrics.MetricsWriter, "write", 2), (checkpoint, "_checksum", 0)):
+        directory, steps = pathlib.Path(f"{config.output}-full-{name}"), []
+        options = {"key": jax.random.key(0), "num_steps": 6, "checkpoint_every": 2, "directory": directory}
+        with mock.patch.object(owner, name, failing(getattr(owner, name), fault)):
+            try:
+                fit(distributed.replicate(jnp.zeros(2), mesh), batches, step_fn=step_fn, **options)
+            except (OSError, ValueError) as error:
+                last = checkpoint.latest(directory / "checkpoints")
+                sys.stdout.write(f"{name} failed: {error}; {len(steps)} steps, the last checkpoint is {last}\n")
 
 
 def gone_on(config):

@@ -12,7 +12,7 @@ import pytest
 from tiltjax.ops.masked import average
 from tiltjax.train import checkpoint
 from tiltjax.train.loop import epoch_batches, fit
-from tiltjax.train.metrics import MetricsWriter, bootstrap_interval
+from tiltjax.train.metrics import Journal, MetricsWriter, bootstrap_interval
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 
@@ -103,6 +103,33 @@ def test_a_checkpoint_counts_only_with_the_metrics_of_its_steps(tmp_path):
         paced(tmp_path, fault=3)
     assert checkpoint.latest(tmp_path / "checkpoints") == 2
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_after_a_line_that_was_not_written_none_is(tmp_path, monkeypatch, processes):
+    """One process hears of it with the numbers of the line; of several each has the numbers, and asks later."""
+    writes = MetricsWriter.write
+
+    def write(self, step, scalars):
+        if step == 1:
+            raise OSError("disk full")
+        writes(self, step, scalars)
+
+    monkeypatch.setattr(MetricsWriter, "write", write)
+    with Journal(tmp_path) as journal:
+        monkeypatch.setattr(jax, "process_count", lambda: processes)
+        lines = [journal.write(step, {"loss": jnp.float32(step)}) for step in range(3)]
+        assert lines[0].values() == {"loss": 0.0}
+        lines[0].written()
+        for step, line in enumerate(lines[1:], 1):
+            if processes == 1:
+                with pytest.raises(OSError, match="disk full"):
+                    line.values()
+            else:
+                assert line.values() == {"loss": step}
+            with pytest.raises(OSError, match="disk full"):
+                line.written()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 0.0}\n'
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):

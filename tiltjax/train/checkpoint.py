@@ -76,14 +76,18 @@ class Saver:
         Args:
           step: Names the checkpoint.
           tree: Pytree of arrays.
-          after: What must be done before the checkpoint counts, such as the wait for a line of metrics; it is called
-            when all is written, and if it fails, on this host or on another, the checkpoint does not count.
+          after: What must be done before the checkpoint counts, such as the wait for a line of metrics; if it fails,
+            the checkpoint does not count. One process calls it in the background, when all is written. Several call it
+            here, where they meet: if it fails on one of them, none begins the checkpoint, and all raise.
         """
         self.wait()
+        several = jax.process_count() > 1
+        if several:
+            distributed.together(after)
         # The arrays of a CPU are read where they lie, and the next step may overwrite them.
         begun = _begin(self._root, step, jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree)
-        finish = functools.partial(_finish, begun, self._keep, after)
-        self._pending = self._thread.submit(finish).result if jax.process_count() == 1 else finish
+        finish = functools.partial(_finish, begun, self._keep)
+        self._pending = finish if several else self._thread.submit(finish, after).result
 
     def wait(self) -> None:
         """Waits until the checkpoint that was begun last is whole; its errors are raised here."""
@@ -140,10 +144,12 @@ def restore(directory: str | os.PathLike, step: int, like: PyTree) -> PyTree:
 def _begin(root: pathlib.Path, step: int, tree: PyTree) -> tuple[ocp.StandardCheckpointer, pathlib.Path, int]:
     """Copies the arrays to the host and begins to write them."""
     part = root / f".part-{step}"
-    if distributed.is_main():
+
+    def make_room():
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    distributed.barrier(f"checkpoint {step} begins")
+
+    distributed.by_main(make_room)
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(part / "state", distributed.replicate(_flat(tree)))
     return checkpointer, part, step
@@ -156,17 +162,19 @@ def _finish(
     checkpointer, part, step = begun
     with checkpointer:
         checkpointer.wait_until_finished()
-    distributed.together(after)
+    after()
     root, final = part.parent, part.parent / str(step)
-    distributed.barrier(f"checkpoint {step} written")
-    if distributed.is_main():
+
+    def give_name():
         files = {str(p.relative_to(part)): [p.stat().st_size, _checksum(p)] for p in _files(part)}
         (part / _MANIFEST).write_text(json.dumps({"step": step, "files": files}))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
         for old in _steps(root)[:-keep]:
             shutil.rmtree(root / str(old), ignore_errors=True)
-    distributed.barrier(f"checkpoint {step} named")
+
+    distributed.barrier(f"checkpoint {step} written")
+    distributed.by_main(give_name)
     return final
 
 

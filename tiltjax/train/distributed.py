@@ -26,6 +26,7 @@ __all__ = [
     "Hosts",
     "agree",
     "barrier",
+    "by_main",
     "ends_with_the_others",
     "fetch",
     "gather_rows",
@@ -176,6 +177,21 @@ def together(work: Callable[[], ResultT]) -> ResultT:
     if failed.any():
         raise ValueError(f"host {int(failed.argmax())} of {jax.process_count()} failed; its own message says why")
     return result
+
+
+def by_main(work: Callable[[], ResultT]) -> ResultT | None:
+    """Runs work of process 0 alone, such as writing a file, while the others wait; if it fails, it fails on all.
+
+    Args:
+      work: Does not communicate.
+
+    Returns:
+      What ``work`` returned on process 0, None on the others.
+
+    Raises:
+      ValueError: On the others, when it failed; on process 0, the error itself.
+    """
+    return together(lambda: work() if is_main() else None)
 
 
 def share(num_rows: int) -> slice:

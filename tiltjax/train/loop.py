@@ -1,16 +1,14 @@
 """The training loop, top to bottom."""
 
-import contextlib
 import os
 from collections.abc import Callable
-from concurrent import futures
 
 import jax
 from tqdm import tqdm
 
 from tiltjax.data.pipeline import epoch_batches
 from tiltjax.train import checkpoint, distributed
-from tiltjax.train.metrics import MetricsWriter
+from tiltjax.train.metrics import Journal, Line
 from tiltjax.train.state import TrainState
 from tiltjax.types import Params, PRNGKey, PyTree
 
@@ -34,7 +32,8 @@ def fit(
 
     Everything a step uses is a function of its number: batch ``batches(step)``, key ``fold_in(key, step)``. So a run
     that is killed at any moment and resumed ends with the same bits as one that was not: a checkpoint counts when the
-    metrics of its steps are written. With several hosts all of them call this; process 0 writes.
+    metrics of its steps are written. With several hosts all of them call this; process 0 writes, and if it cannot,
+    every one of them ends at the next checkpoint.
 
     Args:
       state: The initial state; on resume its structure, types and places are those of the restored one.
@@ -55,28 +54,15 @@ def fit(
     start = (checkpoint.latest(folder) if resume else None) or 0
     if start:
         state = checkpoint.restore(folder, start, state)
-    writes = distributed.is_main()
-    writer = MetricsWriter(directory, resume_step=start if resume else None) if writes else None
     steps = tqdm(range(start, num_steps), initial=start, total=num_steps, desc="fit", unit="step",
-                 disable=not (progress and writes))  # fmt: skip
-    line: futures.Future[float] | None = None
-    with (
-        writer or contextlib.nullcontext(),
-        futures.ThreadPoolExecutor(1) as clerk,  # Writes one line after another.
-        checkpoint.Saver(folder) as saver,
-    ):
+                 disable=not (progress and distributed.is_main()))  # fmt: skip
+    line: Line | None = None
+    with Journal(directory, resume_step=start if resume else None) as journal, checkpoint.Saver(folder) as saver:
         for step in steps:
             state, scalars = step_fn(state, batches(step), jax.random.fold_in(key, step), frozen)
             if line:  # One step behind: reading a scalar never holds the device up.
-                steps.set_postfix_str(f"loss {line.result():.4f}")
-            line = clerk.submit(_write, writer, step, scalars)
+                steps.set_postfix_str(f"loss {line.values()['loss']:.4f}")
+            line = journal.write(step, scalars)
             if (step + 1) % checkpoint_every == 0 or step + 1 == num_steps:
-                saver.save(step + 1, state, after=line.result)
+                saver.save(step + 1, state, after=line.written)
     return state
-
-
-def _write(writer: MetricsWriter | None, step: int, scalars: PyTree) -> float:
-    values = jax.device_get(scalars)
-    if writer is not None:
-        writer.write(step, values)
-    return float(values["loss"])

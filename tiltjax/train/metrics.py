@@ -1,18 +1,22 @@
 """Numbers of a run: a JSONL file that a resumed run continues without a seam, TensorBoard events, intervals."""
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from tiltjax.ops.checks import check_at_least
+from tiltjax.train import distributed
 from tiltjax.train.config import write_text
 from tiltjax.types import Array, Float
 
-__all__ = ["Interval", "MetricsWriter", "bootstrap_interval"]
+__all__ = ["Interval", "Journal", "Line", "MetricsWriter", "bootstrap_interval"]
 
 
 class MetricsWriter:
@@ -51,6 +55,68 @@ class MetricsWriter:
     def __exit__(self, *exception) -> None:
         self._file.close()
         self._events.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line that `Journal.write` has begun."""
+
+    _values: Future[dict[str, float]]
+    _written: Future[None]
+
+    def values(self) -> dict[str, float]:
+        """Waits for its numbers.
+
+        One process is told here if it could not be written. With several, where process 0 would be the only one to be
+        told while the others go on without it, `written` tells, at a place where all of them ask.
+        """
+        if jax.process_count() == 1:
+            self._written.result()
+        return self._values.result()
+
+    def written(self) -> None:
+        """Waits until this line and all before it are written; raises the first error there was."""
+        self._written.result()
+
+
+class Journal:
+    """Metrics that process 0 writes behind the steps, by a `MetricsWriter`, one line after another; a context manager.
+
+    With several hosts all of them make one, and write the same lines. Where the files cannot be opened, none has one.
+
+    Args:
+      directory: As for `MetricsWriter`.
+      resume_step: Likewise.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None):
+        self._writer = distributed.by_main(lambda: MetricsWriter(directory, resume_step=resume_step))
+        self._clerk = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> Line:
+        """Begins a line; waits for nothing."""
+        values = self._clerk.submit(_floats, scalars)
+        self._last = self._clerk.submit(self._write, step, values, self._last)
+        return Line(values, self._last)
+
+    def _write(self, step: int, values: Future[dict[str, float]], before: Future[None] | None) -> None:
+        if before is not None:
+            before.result()  # A file with a gap would look whole: after an error nothing is written any more.
+        if self._writer is not None:
+            self._writer.write(step, values.result())
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._clerk.shutdown()
+        if self._writer is not None:
+            self._writer.__exit__(*exception)
+
+
+def _floats(scalars: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(scalars).items()}
 
 
 def _whole_lines(path: pathlib.Path, before: int) -> list[str]:
