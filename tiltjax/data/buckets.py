@@ -118,6 +118,7 @@ def batches_of(
     widths: tuple[int, ...],
     *,
     batch_size: int,
+    counts: tuple[int, ...] | None = None,
     most: int = 4,
     multiple: int = 8,
     saving: float = 0.1,
@@ -131,9 +132,10 @@ def batches_of(
       lengths: Of every row, one column per padded array (a prompt's length, that of its longest completion).
       widths: How wide those arrays are.
       batch_size: Rows of a batch.
+      counts: How many sequences of that length a row has, by column (one prompt, N completions); None takes 1 each.
       most: Largest number of shapes, over all columns; 1 leaves the arrays as wide as they are.
       multiple: See `choose_buckets`.
-      saving: See `choose_buckets`.
+      saving: Share of the positions of all columns that each further bucket must save.
 
     Returns:
       Every row in exactly one batch; at most ``most`` different ``Batch.lengths``.
@@ -144,11 +146,13 @@ def batches_of(
     check_at_least("batch_size", batch_size, 1)
     check_at_least("most", most, 1)
     buckets, left = [], most
+    positions = np.array(counts or (1,) * len(widths)) * np.maximum(1, widths)
     for i, width in enumerate(widths):
         each = max(k for k in range(1, left + 1) if k ** (len(widths) - i) <= left)
         column: tuple[int, ...] = (width,)
         if most > 1:
-            column = choose_buckets(lengths[:, i], longest=width, most=each, multiple=multiple, saving=saving)
+            share = saving * float(positions.sum() / positions[i])
+            column = choose_buckets(lengths[:, i], longest=width, most=each, multiple=multiple, saving=share)
         buckets.append(column)
         left //= len(column)
     place = np.stack([bucket_of(column, b) for column, b in zip(lengths.T, buckets, strict=True)], axis=1)

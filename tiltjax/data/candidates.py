@@ -4,6 +4,7 @@ Supervised fine-tuning has N = 1, a preference pair N = 2 (index 0 chosen, index
 Builders make NumPy arrays on the host; a `Candidates` is a pytree and moves to devices as any other.
 """
 
+import dataclasses
 import math
 import os
 import secrets
@@ -26,6 +27,7 @@ __all__ = [
     "bucket_length",
     "concatenate",
     "from_tokens",
+    "lengths",
     "load",
     "pad",
     "pairs",
@@ -33,6 +35,7 @@ __all__ = [
     "select",
     "supervised",
     "take",
+    "trim",
 ]
 
 Tokens = Sequence[int] | Int[Array, "_"]
@@ -234,6 +237,39 @@ def take(candidates: Candidates, indices: Sequence[int] | slice | Int[Array, "K"
     """
     at = np.asarray(indices, int) if isinstance(indices, Sequence) else indices
     return jax.tree.map(lambda x: x[at], candidates)
+
+
+def lengths(candidates: Candidates) -> Int[np.ndarray, "B 2"]:
+    """Tokens of every prompt, and of the longest of its completions.
+
+    Example:
+      >>> lengths(from_tokens([[5, 6], [5]], [[[7], [8, 9, 2]], [[8], []]], pad_id=0)).tolist()
+      [[2, 3], [1, 1]]
+    """
+    longest = np.asarray(candidates.completion_mask).sum(axis=-1).max(axis=-1)
+    return np.stack([np.asarray(candidates.prompt_mask).sum(axis=-1), longest], axis=1)
+
+
+def trim(candidates: Candidates, prompt_length: int, completion_length: int) -> Candidates:
+    """The same candidates with less padding: no prompt or completion may be longer (`lengths`).
+
+    Args:
+      candidates: Padded on the right.
+      prompt_length: S of the result.
+      completion_length: T of the result.
+
+    Returns:
+      `Candidates`; views of the same arrays.
+
+    Example:
+      >>> short = trim(from_tokens([[5]], [[[7]]], pad_id=0, prompt_length=9, completion_length=9), 2, 3)
+      >>> short.prompt.shape, short.completion.shape
+      ((1, 2), (1, 1, 3))
+    """
+    prompts = {name: getattr(candidates, name)[:, :prompt_length] for name in ("prompt", "prompt_mask")}
+    names = ("completion", "completion_mask", "old_token_logp")
+    tokens = {name: x[..., :completion_length] for name, x in _given(candidates).items() if name in names}
+    return dataclasses.replace(candidates, **prompts, **tokens)
 
 
 def select(candidates: Candidates, index: Int[Array, "B K"]) -> Candidates:

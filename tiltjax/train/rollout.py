@@ -307,16 +307,16 @@ def score_all(
     scorer = scorer or make_scorer()
     fields = ("prompt", "prompt_mask", "completion", "completion_mask", *keep)
     bare = Candidates(**{name: getattr(candidates, name) for name in fields})
-    ends = bare.completion_mask.sum(axis=-1).max(axis=-1)
-    lengths = np.stack([np.asarray(bare.prompt_mask).sum(axis=-1), np.asarray(ends)], axis=1)
+    lengths = batches.lengths(bare)
     widths = (bare.prompt.shape[-1], bare.completion.shape[-1])
-    plan = batches_of(lengths, widths, batch_size=batch_size, most=buckets)
+    counts = (1, bare.completion.shape[1])
+    plan = batches_of(lengths, widths, batch_size=batch_size, counts=counts, most=buckets)
     if description is not None:
         _report(description, lengths, plan, widths)
     mine = distributed.host_rows(sharding, batch_size)
 
     def start(batch: Batch) -> Array:
-        part = _trim(batches.take(bare, batch.rows[mine]), *batch.lengths)
+        part = batches.trim(batches.take(bare, batch.rows[mine]), *batch.lengths)
         return scorer(model, distributed.global_batch(part, sharding, batch_size))
 
     out = np.zeros(bare.completion.shape[:2], np.float32)
@@ -347,16 +347,6 @@ def overlapped(work: Iterable[Any], start: Callable[[Any], Any], finish: Callabl
             yield first, finish(first, value)
     for x, value in begun:
         yield x, finish(x, value)
-
-
-def _trim(part: Candidates, S: int, T: int) -> Candidates:
-    return dataclasses.replace(
-        part,
-        prompt=part.prompt[:, :S],
-        prompt_mask=part.prompt_mask[:, :S],
-        completion=part.completion[..., :T],
-        completion_mask=part.completion_mask[..., :T],
-    )
 
 
 def whole_on_every_host(drawn: PyTree, sharding: Sharding | None) -> PyTree:
