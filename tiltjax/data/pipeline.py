@@ -6,6 +6,7 @@ of hosts. (The iterator state that grain would write is one file per process, na
 with as many.)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,34 +18,64 @@ from tiltjax.types import Array, Int, PyTree
 __all__ = ["Stream", "epoch_batches", "host_batches"]
 
 
-def epoch_batches(num_prompts: int, batch_size: int, *, seed: int) -> Callable[[int], np.ndarray]:
+def epoch_batches(
+    num_prompts: int,
+    batch_size: int,
+    *,
+    seed: int,
+    lengths: Int[np.ndarray, "num_prompts"] | None = None,
+    window: int = 1,
+) -> Callable[[int], np.ndarray]:
     """Which prompts each step sees: every prompt once per epoch, in an order that depends on seed and epoch only.
 
+    A window of k puts prompts of similar length into one batch, so that few of a step's positions are padding: the
+    epoch's order is cut into windows of k batches, each is sorted by length and cut into batches, and the batches of
+    the whole epoch are shuffled again. A batch is then no random draw of the prompts: its gradient differs from that of
+    the epoch by noise that depends on its length, and is larger where length and loss go together. Over an epoch every
+    prompt counts as often as before.
+
     Args:
-      num_prompts: How many there are; a last incomplete batch of an epoch is dropped.
+      num_prompts: How many there are; a last incomplete batch of an epoch is dropped, before anything is sorted.
       batch_size: Prompts per step.
       seed: Of the order.
+      lengths: Of every prompt, in whatever unit; where there is a window, the order depends on them too.
+      window: Batches that are sorted together; 1 leaves every batch a random one.
 
     Returns:
-      ``step -> indices [batch_size]``.
+      ``step -> indices [batch_size]``, not to be written to.
 
     Raises:
-      ValueError: If ``batch_size`` exceeds ``num_prompts``.
+      ValueError: If ``batch_size`` exceeds ``num_prompts``, ``window`` < 1, or there is a window but not the length of
+        every prompt.
 
     Example:
       >>> sorted(np.concatenate([epoch_batches(4, 2, seed=0)(step) for step in (0, 1)]).tolist())
       [0, 1, 2, 3]
+      >>> order = epoch_batches(4, 2, seed=0, lengths=np.array([9, 1, 8, 2]), window=2)
+      >>> sorted(sorted(order(step).tolist()) for step in (0, 1))
+      [[0, 2], [1, 3]]
     """
     if not 1 <= batch_size <= num_prompts:
         raise ValueError(f"batch_size must lie in [1, {num_prompts}] (the number of prompts), got {batch_size}")
+    check_at_least("window", window, 1)
+    known = 0 if lengths is None else len(lengths)
+    if window > 1 and known != num_prompts:
+        raise ValueError(f"lengths must be those of all {num_prompts} prompts where window={window}, got {known}")
     per_epoch = num_prompts // batch_size
 
-    def indices(step: int) -> np.ndarray:
-        order = np.random.default_rng([seed, step // per_epoch]).permutation(num_prompts)
-        place = step % per_epoch * batch_size
-        return order[place : place + batch_size]
+    @functools.lru_cache(maxsize=2)
+    def batches(epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(num_prompts)[: per_epoch * batch_size]
+        if lengths is not None and window > 1:
+            cuts = range(window * batch_size, len(order), window * batch_size)
+            parts = (part[np.argsort(lengths[part], kind="stable")] for part in np.split(order, cuts))
+            order = np.concatenate(list(parts)).reshape(per_epoch, batch_size)[rng.permutation(per_epoch)]
+        order = order.reshape(per_epoch, batch_size)
+        order.flags.writeable = False
+        return order
 
-    return indices
+    return lambda step: batches(step // per_epoch)[step % per_epoch]
 
 
 def host_batches(
