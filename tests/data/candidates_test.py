@@ -164,13 +164,13 @@ class ChooseTest(chex.TestCase):
     def test_trimming_leaves_every_token(self):
         wide = lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD, prompt_length=8, completion_length=9)
         wide = wide.replace(old_token_logp=np.zeros(wide.completion.shape, np.float32))
-        np.testing.assert_array_equal(lib.lengths(wide), [[1, 2], [3, 1], [2, 4]])
-        out = lib.trim(wide, *lib.lengths(wide).max(axis=0))
+        np.testing.assert_array_equal(lib.lengths(wide), [[1, 3], [3, 1], [2, 4]])
+        out = lib.trim(wide, 3, 4)
         assert unpad(out) == (PROMPTS, GROUPS)
         assert {x.shape for x in (out.completion, out.completion_mask, out.old_token_logp)} == {(3, 3, 4)}
         assert out.prompt.shape == out.prompt_mask.shape == (3, 3)
         assert (out.reward is wide.reward, out.ref_logp) == (True, None)
-        assert unpad(lib.trim(lib.take(wide, [0, 1]), 3, 2)) == (PROMPTS[:2], GROUPS[:2])
+        assert unpad(lib.trim(lib.take(wide, [0, 1]), 3, 3)) == (PROMPTS[:2], GROUPS[:2])
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_select_best_and_worst(self):
