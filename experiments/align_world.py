@@ -173,7 +173,7 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     if config.batch_size % places:
         raise ValueError(f"batch_size must be a multiple of data x fsdp = {places}, got {config.batch_size}")
     if config.mapping == "pmap":
-        if places != jax.device_count():
+        if mesh.shape["data"] != jax.device_count():
             raise ValueError(f"mesh must put every device on data where mapping=pmap, got {config.mesh!r}")
         if config.batch_size // places % config.microbatches:
             raise ValueError(

@@ -221,7 +221,7 @@ def refused(capsys, monkeypatch):
         ({"num_prompts": 9}, "13 prompts are needed (training and held-out), the file has 12"),
         ({"mesh": "data:3"}, "3 places for 8 devices"),
         ({"batch_size": 4}, "batch_size must be a multiple of data x fsdp = 8, got 4"),
-        ({"mesh": "data:4,tensor:2", "mapping": "pmap"}, "mesh must put every device on data where mapping=pmap"),
+        ({"mesh": "data:4,fsdp:2", "mapping": "pmap"}, "mesh must put every device on data where mapping=pmap"),
         ({"mapping": "pmap", "microbatches": 2}, "microbatches must divide the 1 prompts of each device"),
     ],
 )

@@ -200,6 +200,11 @@ def test_what_one_host_cannot_write_ends_all_of_them_at_the_next_checkpoint(resu
         ]
 
 
+def test_two_processes_map_by_pmap_and_keep_on_their_devices_what_lies_there(resumed):
+    for log in resumed["logs"]:
+        assert f"pmap: [{2 + 2 * np.arange(16).mean()}] in the same places" in log.splitlines()
+
+
 def test_two_processes_work_through_one_queue(resumed):
     """On a mesh without tensor each device draws from its own share; `test_two_processes_end_where_one_does` compares.
 
@@ -313,7 +318,9 @@ def test_one_process_has_every_row():
     assert distributed.is_main()
     assert (distributed.agree(True), distributed.agree(5)) == (1, 5)
     assert distributed.replicate(batch) is batch
-    assert distributed.localize(batch) is batch
+    here = distributed.localize(batch)["x"]
+    assert [part.data.shape for part in here.addressable_shards] == [(8, 3)] * 8
+    np.testing.assert_array_equal(here, rows)
 
 
 def test_a_host_builds_its_own_rows_of_a_batch_only(monkeypatch):

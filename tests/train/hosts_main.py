@@ -5,6 +5,7 @@ import functools
 import itertools
 import pathlib
 import sys
+import warnings
 from unittest import mock
 
 import jax
@@ -20,12 +21,13 @@ from experiments.align_online import improve
 from experiments.align_world import prepare
 from experiments.launch import program
 from tiltjax.models import pretrained
+from tiltjax.ops.collectives import pmean
 from tiltjax.samplers.continuous import decode_queue
 from tiltjax.train import checkpoint, distributed, metrics, rollout
 from tiltjax.train.config import define_flags, from_flags
 from tiltjax.train.distributed import Hosts
 from tiltjax.train.loop import fit
-from tiltjax.train.sharding import batch_sharding, make_mesh
+from tiltjax.train.sharding import batch_sharding, make_mesh, pmap_step
 
 RECORD_MESH = "data:2,fsdp:2,tensor:2"
 
@@ -63,6 +65,26 @@ def exchanged():
         np.testing.assert_array_equal(rollout.whole_on_every_host(batch, place), np.arange(16))
         sys.stdout.write(f"exchange: {len(compiled) - before} compiled\n")
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def mapped():
+    """Says where two steps of `jax.pmap` end, and whether the state stayed in its place."""
+
+    def step(state, batch, key, frozen, axis_name):
+        return state + frozen * pmean(jnp.mean(batch), axis_name), {}
+
+    mesh, step_fn = make_mesh("data:8"), pmap_step(step)
+    state, frozen = (distributed.localize(distributed.replicate(jnp.ones(1), mesh)) for _ in range(2))
+    state = state + frozen
+
+    def places():
+        return [part.data.unsafe_buffer_pointer() for part in state.addressable_shards]
+
+    before, rows = places(), np.arange(16, dtype=np.float32)[distributed.host_rows(batch_sharding(mesh), 16)]
+    with jax.transfer_guard_device_to_device("disallow"), warnings.catch_warnings(action="error"):
+        for _ in range(2):
+            state, _ = step_fn(state, rows, jax.random.key(0), frozen)
+    sys.stdout.write(f"pmap: {np.asarray(state).tolist()} in {'the same' if places() == before else 'other'} places\n")
 
 
 def not_written(config):
@@ -131,6 +153,7 @@ def main():
         gone_on(config)
         drawn_one_at_a_time(config)
         exchanged()
+        mapped()
         not_written(config)
 
 

@@ -15,7 +15,7 @@ from tiltjax.losses.penalties import kl_k1
 from tiltjax.losses.policy_gradient import aggregate, ppo_clip_loss
 from tiltjax.models import lora
 from tiltjax.ops.masked import average
-from tiltjax.train import rounds
+from tiltjax.train import distributed, rounds
 from tiltjax.train.method import Feedback
 from tiltjax.train.methods import get_method
 from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, sft_objective, var_objective
@@ -74,6 +74,28 @@ def test_pmapped_and_sharded_steps_equal_one_device(method):
     state = shard(init_state(params, TX), mesh)
     step = sharded_step(functools.partial(train_step, loss_fn=loss_fn, tx=TX), state, None, mesh)
     close(run(step, state, jax.device_put(batch, batch_sharding(mesh))), expected)
+
+
+def test_between_pmapped_steps_the_state_stays_where_it_is():
+    batch, tuned = ragged_candidates(), lora.add(jax.random.key(0), tiny_model(), rank=2)
+    params, frozen = lora.partition(tuned, lora.is_adapter)
+    step = pmap_step(functools.partial(train_step, loss_fn=METHODS["tilted_mle"], tx=TX))
+    sent = run(step, fresh_state(params), batch, frozen)
+    state, frozen = distributed.localize((fresh_state(params), frozen))
+
+    def places(state):
+        parts = [part.data for leaf in jax.tree.leaves(state.params) for part in leaf.addressable_shards]
+        return [part.unsafe_buffer_pointer() for part in parts]
+
+    before = places(state)
+    assert len(set(before)) == 8 * len(jax.tree.leaves(params))
+    with jax.transfer_guard_device_to_device("disallow"):
+        for i in range(3):
+            last = state
+            state, scalars = step(last, batch, jax.random.key(i), frozen)
+            assert all(x.is_deleted() for x in jax.tree.leaves(last))
+            assert places(state) == before
+    chex.assert_trees_all_equal(jax.device_get((state, scalars)), sent)
 
 
 def surrogate_batch(num_candidates=2):

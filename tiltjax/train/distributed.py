@@ -325,15 +325,22 @@ def global_sharding(sharding: Sharding) -> Sharding:
 
 
 def localize(tree: PyTree) -> PyTree:
-    """Values that every host has whole from replicated global arrays, as `jax.pmap` takes them.
+    """Values on every device of this host, as `jax.pmap` takes what it does not map without sending it anywhere.
 
     Args:
       tree: Pytree of arrays; with several hosts all must be fully replicated.
 
     Returns:
-      The same structure of arrays on this host's first device; with one process, ``tree``.
+      The same structure; where a device has the value already, it is that one and no copy.
     """
-    return tree if jax.process_count() == 1 else jax.tree.map(lambda x: x.addressable_data(0), tree)
+    here = NamedSharding(Mesh(np.array(jax.local_devices()), ("here",)), PartitionSpec())
+
+    def place(x):
+        if x.is_fully_addressable:
+            return jax.device_put(x, here)
+        return jax.make_array_from_single_device_arrays(x.shape, here, [part.data for part in x.addressable_shards])
+
+    return jax.tree.map(place, tree)
 
 
 @contextlib.contextmanager

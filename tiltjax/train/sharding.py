@@ -156,7 +156,8 @@ def pmap_step(step: Callable, *, axis_name: str = "data") -> Callable:
 
     Returns:
       ``(state, batch, key, frozen) -> (state, metrics)`` on unreplicated arrays; the number of prompts must be a
-      multiple of the number of devices. The state given to it is donated.
+      multiple of the number of devices. The state given to it is donated, and the one that it returns is on every
+      device. What is frozen is sent there at every step, unless `tiltjax.train.distributed.localize` has put it there.
     """
     mapped = jax.pmap(
         functools.partial(step, axis_name=axis_name),
