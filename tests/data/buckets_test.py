@@ -83,3 +83,11 @@ def test_a_bucket_must_be_worth_its_compilation_beside_the_other_columns():
     assert shapes(1, 16) == [(16, 16), (16, 32), (16, 48), (16, 64)]
     assert shapes(16, 1) == [(8, 64), (16, 64)]
     assert shapes(1, 1) == shapes() == [(16, 32), (16, 64)]
+
+
+def test_few_shapes_go_to_the_column_that_saves_most():
+    lengths = np.stack([np.repeat([8, 64], 40), np.resize([8, 16, 24, 64], 80)], axis=1)
+    for columns in (lengths, lengths[:, ::-1]):
+        for most, held in ((1, 128), (2, 98), (3, 94), (4, 70)):
+            plan = batches_of(columns, (64, 64), batch_size=1, most=most, saving=0.01)
+            assert np.mean([sum(batch.lengths) for batch in plan]) == held

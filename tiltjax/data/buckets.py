@@ -4,6 +4,8 @@ Every length is one compilation of whatever runs on it: their number is bounded,
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -145,16 +147,21 @@ def batches_of(
     """
     check_at_least("batch_size", batch_size, 1)
     check_at_least("most", most, 1)
-    buckets, left = [], most
-    positions = np.array(counts or (1,) * len(widths)) * np.maximum(1, widths)
-    for i, width in enumerate(widths):
-        each = max(k for k in range(1, left + 1) if k ** (len(widths) - i) <= left)
-        column: tuple[int, ...] = (width,)
-        if most > 1:
-            share = saving * float(positions.sum() / positions[i])
-            column = choose_buckets(lengths[:, i], longest=width, most=each, multiple=multiple, saving=share)
-        buckets.append(column)
-        left //= len(column)
+    per_row = np.array(counts or (1,) * len(widths))
+    whole, options = per_row * np.maximum(1, widths), []
+    for column, width, part in zip(lengths.T, widths, whole, strict=True):
+        share = saving * float(whole.sum() / part)
+        some = [
+            choose_buckets(column, longest=width, most=k, multiple=multiple, saving=share) for k in range(1, most + 1)
+        ]
+        options.append(some if most > 1 else [(width,)])
+
+    def positions(buckets: Sequence[tuple[int, ...]]) -> float:
+        padded = [np.array(b)[bucket_of(column, b)].sum() for column, b in zip(lengths.T, buckets, strict=True)]
+        return float(per_row @ np.array(padded))
+
+    few = (buckets for buckets in itertools.product(*options) if math.prod(map(len, buckets)) <= most)
+    buckets = min(few, key=positions)
     place = np.stack([bucket_of(column, b) for column, b in zip(lengths.T, buckets, strict=True)], axis=1)
     order = np.lexsort(place.T[::-1])
     out = []
