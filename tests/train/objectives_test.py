@@ -1,13 +1,16 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.special import expit, log_softmax, softmax
 
 from tests.train.worlds import ragged_candidates, tiny_model
+from tiltjax.data.candidates import lengths, trim
 from tiltjax.data.packing import pack_sequences
 from tiltjax.train.objectives import (
     VarBatch,
@@ -18,6 +21,8 @@ from tiltjax.train.objectives import (
     sft_objective,
     var_objective,
 )
+from tiltjax.train.state import init_state
+from tiltjax.train.step import train_step
 
 METHODS = ("tilted_mle", "best_of_n_sft", "dpo", "var_importance")
 BETA = 0.7
@@ -187,3 +192,27 @@ def test_unknown_method_is_refused():
         candidate_weights(method_kernel("dpo", beta=0.1), ragged_candidates(6))
     with pytest.raises(ValueError, match=r"beta must be a finite number above 0, got 0\.0"):
         method_kernel("tilted_mle", beta=0.0)(jnp.zeros((6, 2)), ragged_candidates(6))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("method", ["sft", *METHODS, "var"])
+def test_a_step_does_not_change_with_its_padding(method, microbatches):
+    """Whatever stands in it."""
+    rng = np.random.default_rng(0)
+    wide = ragged_candidates(4)
+    extra = {"prompt": [(0, 0), (0, 10)], "completion": [(0, 0), (0, 0), (0, 9)]}
+    for name, width in extra.items():
+        mask = np.pad(getattr(wide, f"{name}_mask"), width)
+        tokens = np.where(mask, np.pad(getattr(wide, name), width), rng.integers(1, 32, mask.shape)).astype(np.int32)
+        wide = dataclasses.replace(wide, **{name: tokens, f"{name}_mask": mask})
+    short = trim(wide, *lengths(wide).max(axis=0).tolist())
+    assert max(short.prompt.shape[1], short.completion.shape[2]) < 8
+    objective = likelihood_objective(method_kernel(method, beta=BETA)) if method != "var" else var_objective(beta=BETA)
+    cross = {name: rng.normal(size=(4, 2, 4)).astype(np.float32) for name in ("ref_logp", "reward")}
+    tx, ends = optax.sgd(0.1), []
+    step = jax.jit(functools.partial(train_step, loss_fn=objective, tx=tx, microbatches=microbatches))
+    for part in (wide, short):
+        part = VarBatch(candidates=part, own=np.arange(4), **cross) if method == "var" else part
+        ends.append(step(init_state(tiny_model(), tx), part, jax.random.key(0)))
+    chex.assert_trees_all_close(*ends, atol=1e-6, rtol=1e-5)
+    assert ends[0][1]["grad_norm"] > 0.1
