@@ -36,7 +36,7 @@ import numpy as np
 from absl import app
 
 from experiments import reporting
-from experiments.align_config import FREE, HOW, RECORDS, AlignConfig, open_run
+from experiments.align_config import FREE, HOW, AlignConfig, open_run
 from experiments.align_fit import tune
 from experiments.align_online import improve
 from experiments.align_world import World, prepare
@@ -75,8 +75,7 @@ def run(config: AlignConfig) -> dict[str, Any]:
     reward = np.asarray(drawn.reward)
     estimates = evaluate.estimate(reward, beta=config.beta)
     warn_of_collapse(config, reward, estimates.ess)
-    rounds = config.method in RECORDS and not config.pack
-    tuned = improve(world) if rounds else tune(world, drawn)
+    tuned = improve(world) if config.in_rounds else tune(world, drawn)
     held_out, texts = world.rollout("heldout", world.model, seed=1)
     results, samples = compare(world, held_out, texts, tuned)
     if config.method != "soft_best_of_n":

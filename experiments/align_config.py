@@ -113,8 +113,8 @@ class AlignConfig:
     )
     method: str = field(
         "tilted_mle",
-        "How the tilt is reached: soft_best_of_n trains nothing, the first six fit candidates of the reference, the "
-        "records of tiltjax.train.methods learn in rounds.",
+        "How the tilt is reached: soft_best_of_n trains nothing, the first six fit candidates of the reference, sft "
+        "fits demonstrations, the other records of tiltjax.train.methods learn in rounds.",
         choices=METHODS,
     )
     beta: float = field(0.1, "Strength of the KL term, reward units: the tilt is ref * exp(reward / beta) / Z.")
@@ -174,13 +174,18 @@ class AlignConfig:
             raise ValueError(f"batch_size must be at most num_prompts={self.num_prompts}, got {self.batch_size}")
         if self.pack and self.method not in PACKABLE:
             raise ValueError(f"pack is for the methods {', '.join(PACKABLE)}, got method={self.method}")
+        if self.in_rounds and self.mapping == "pmap":
+            raise ValueError(f"mapping must be sharded for method={self.method}, got 'pmap'")
         if self.method in RECORDS:
-            if self.mapping == "pmap":
-                raise ValueError(f"mapping must be sharded for method={self.method}, got 'pmap'")
             record = record_of(self.method, num_candidates=self.num_candidates, steps=self.steps)
             for flag, needs in NEEDS.items():
                 if needs(record) and not getattr(self, flag):
                     raise ValueError(f"--method={self.method} needs --{flag}")
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the method learns in rounds, by its record; what sft imitates is all there before it begins."""
+        return self.method in RECORDS and self.method != "sft"
 
     def fingerprint(self) -> str:
         """Of everything that decides the numbers, to rounding."""

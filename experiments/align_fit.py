@@ -90,8 +90,7 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
         decided = np.stack([chosen > rejected] * 2, axis=1)  # A prompt whose candidates all tie teaches nothing.
         drawn = dataclasses.replace(drawn, where=decided)
     if config.method == "sft":
-        key = jax.random.fold_in(jax.random.key(config.seed), 7)
-        drawn = world.given.demonstrated(key, np.arange(config.num_prompts), drawn, 1)
+        drawn = world.given.each(drawn)
     kernel = method_kernel(config.method, beta=config.beta)
     if config.method == "tilted_mle" and config.fit_candidates:
         key = jax.random.fold_in(jax.random.key(config.seed), 6)
@@ -99,7 +98,7 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
         drawn = batches.select(drawn, np.asarray(resample(key, weights, num=config.fit_candidates)))
         kernel = method_kernel("sft", beta=config.beta)
     drawn = dataclasses.replace(drawn, old_token_logp=None)
-    order = epoch_batches(config.num_prompts, config.batch_size, seed=config.seed)
+    order = epoch_batches(len(drawn.prompt), config.batch_size, seed=config.seed)
     if config.pack:
         return (drawn, np.asarray(candidate_weights(kernel, drawn))), order, packed_objective()
     return drawn, order, likelihood_objective(kernel)

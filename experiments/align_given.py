@@ -64,6 +64,14 @@ class Given:
         shape = (len(rows), num, T)
         return _undrawn(prompts, tokens.reshape(shape), mask.reshape(shape))
 
+    def each(self, prompts: Candidates) -> Candidates:
+        """Every demonstration of every training prompt as a row of its own, with its prompt."""
+        assert self.demonstrations is not None
+        rows = np.repeat(np.arange(len(self.demonstrations)), [len(told) for told in self.demonstrations])
+        flat = [one for told in self.demonstrations for one in told]
+        tokens, mask = pad(flat, length=prompts.completion.shape[-1], truncate="right")
+        return _undrawn(take(prompts, rows), tokens[:, None], mask[:, None])
+
     def mixed_in(self, key: PRNGKey, place: Bool[np.ndarray, "N"], drawn: Candidates, told: Feedback) -> tuple:
         """The batch with as many rows again: a text of the corpus on its own prompt, in the corpus's place among N.
 

@@ -48,12 +48,14 @@ class Begun(Exception):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A tiny policy with a tokenizer of whole words, and a file of prompts."""
+    """A tiny policy with a tokenizer of whole words, a file of prompts, and one with demonstrations."""
     home = tmp_path_factory.mktemp("align")
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(14))]
     save_policy(home / "policy", words)
     rows = [{"prompt": " ".join(words[2 + i : 5 + i - i % 3])} for i in range(12)]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = [row | {"completion": "w1 w2 w3"} for row in rows]
+    (home / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     return home
 
 
@@ -387,6 +389,7 @@ METHODS = {
     "dpo": {},
     "var": {},
     "var_importance": {"microbatches": 2},
+    "sft": {"demonstrations": "told.jsonl"},
     "adapters": {"method": "tilted_mle", "mesh": "data:8", "batch_size": 8, "mapping": "pmap", "fit_candidates": 0,
                  "lora_rank": 2},
 }  # fmt: skip
@@ -397,6 +400,8 @@ def test_every_method_runs_to_its_end(home, tmp_path, compiled_once, name):
     options = {"method": name, "mesh": "data:4,tensor:2", "batch_size": 4, "sample_batch": 8, "steps": 2} | METHODS[
         name
     ]
+    if "demonstrations" in options:
+        options["demonstrations"] = f"{home}/{options['demonstrations']}"
     results = align.run(AlignConfig(**settings(home, tmp_path, **options)))
     assert np.isfinite(numbers(results)).all()
     assert all((tmp_path / artefact).stat().st_size for artefact in ("report.md", "results.json", "frontier.png"))
