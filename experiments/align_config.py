@@ -29,7 +29,7 @@ __all__ = [
 FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
 """Settings that move no number of a run."""
 
-HOW = ("remat", "attention")
+HOW = ("remat", "attention", "length_buckets")
 """How a run computes, not what: they move its numbers by rounding, so it may go on with others."""
 
 _OFFLINE = ("tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
@@ -47,6 +47,9 @@ METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importan
 
 PACKABLE = ("tilted_mle", "best_of_n_sft", "sft")
 """Methods that fit candidates of which each counts by a weight, whatever the policy says of them."""
+
+WINDOWED = ("tilted_mle", "best_of_n_sft", "var_importance", "dpo", "sft")
+"""Methods whose batches may be any prompts. The members of a mini-batch of var are fixed: they are scored crosswise."""
 
 
 def remat_field() -> Any:
@@ -133,6 +136,16 @@ class AlignConfig:
         "tilted_mle, best_of_n_sft, sft: train on rows of whole sequences without padding, of the candidates that "
         "count only; the loss and its gradient are the same.",
     )
+    length_buckets: int = field(
+        4,
+        "Most shapes (prompt by completion length) that the steps of a fit are padded to, each a compilation and taken "
+        "only where it saves a tenth of the positions; 1 pads all to the longest. Rounds and packed rows have one.",
+    )
+    length_window: int = field(
+        1,
+        "Batches of an epoch among which prompts of similar length are put together, so that buckets save more; steps "
+        "are then no longer random draws of the prompts. 1 leaves them random.",
+    )
     learning_rate: float = field(5e-4, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
     max_grad_norm: float = field(1.0, "Global norm at which gradients are clipped.")
     lora_rank: int = field(16, "Rank of low-rank adapters; 0 trains all parameters (try --learning_rate=5e-5).")
@@ -155,7 +168,7 @@ class AlignConfig:
     resume: bool = field(
         False,
         "Go on with the run in --output from wherever it was stopped: bit for bit with the same settings, to rounding "
-        "with another --remat or --attention.",
+        "with another --remat, --attention or --length_buckets.",
     )
 
     def __post_init__(self):
@@ -164,7 +177,8 @@ class AlignConfig:
         check_at_least("num_candidates", self.num_candidates, 2)
         for name in ("num_prompts", "num_eval_prompts"):
             check_at_least(name, getattr(self, name), 2)
-        for name in ("max_tokens", "steps", "batch_size", "microbatches", "sample_batch", "checkpoint_every"):
+        for name in ("max_tokens", "steps", "batch_size", "microbatches", "sample_batch", "checkpoint_every",
+                     "length_buckets", "length_window"):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         for name in ("lora_rank", "fit_candidates"):
             check_at_least(name, getattr(self, name), 0)
@@ -174,6 +188,11 @@ class AlignConfig:
             raise ValueError(f"batch_size must be at most num_prompts={self.num_prompts}, got {self.batch_size}")
         if self.pack and self.method not in PACKABLE:
             raise ValueError(f"pack is for the methods {', '.join(PACKABLE)}, got method={self.method}")
+        if self.length_window > 1 and (self.pack or self.method not in WINDOWED):
+            raise ValueError(
+                f"length_window is for the methods {', '.join(WINDOWED)} without pack, got method={self.method}, "
+                f"pack={self.pack}"
+            )
         if self.in_rounds and self.mapping == "pmap":
             raise ValueError(f"mapping must be sharded for method={self.method}, got 'pmap'")
         if self.method in RECORDS:

@@ -14,6 +14,7 @@ import optax
 from experiments.align_world import World
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
+from tiltjax.data.buckets import batches_of
 from tiltjax.data.candidates import Candidates
 from tiltjax.data.packing import Sequences, pack_sequences, rows_needed
 from tiltjax.data.pipeline import Stream, epoch_batches, host_batches
@@ -37,7 +38,7 @@ from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Params
 
-__all__ = ["adapters", "host_data", "optimizer", "packed", "training_data", "tune", "whole"]
+__all__ = ["adapters", "bucketed", "host_data", "optimizer", "packed", "training_data", "tune", "whole"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -98,10 +99,35 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
         drawn = batches.select(drawn, np.asarray(resample(key, weights, num=config.fit_candidates)))
         kernel = method_kernel("sft", beta=config.beta)
     drawn = dataclasses.replace(drawn, old_token_logp=None)
-    order = epoch_batches(len(drawn.prompt), config.batch_size, seed=config.seed)
+    positions = batches.lengths(drawn) @ np.array([1, drawn.completion.shape[1]])
+    options: dict[str, Any] = {"seed": config.seed, "lengths": positions, "window": config.length_window}
+    order = epoch_batches(len(drawn.prompt), config.batch_size, **options)
     if config.pack:
         return (drawn, np.asarray(candidate_weights(kernel, drawn))), order, packed_objective()
     return drawn, order, likelihood_objective(kernel)
+
+
+def bucketed(world: World, data: Candidates | VarBatch, order: Callable[[int], np.ndarray]) -> list[tuple[int, ...]]:
+    """What the prompts and completions of every step are padded to: at most ``length_buckets`` different pairs.
+
+    They follow from the lengths of all prompts, whichever of them a host loads: hosts agree without asking.
+    """
+    config, rows = world.config, data.candidates if isinstance(data, VarBatch) else data
+    counts, widths = (1, rows.completion.shape[1]), (rows.prompt.shape[1], rows.completion.shape[2])
+    steps, lengths = [order(step) for step in range(config.steps)], batches.lengths(rows)
+    longest = np.stack([lengths[at].max(axis=0) for at in steps])
+    plan = batches_of(longest, widths, batch_size=1, counts=counts, most=config.length_buckets)
+    chosen = [batch.lengths for batch in sorted(plan, key=lambda batch: int(batch.rows[0]))]
+    before, after = (config.batch_size * np.mean(np.array(some) @ np.array(counts)) for some in ([widths], chosen))
+    sizes = rows.prompt_mask.sum(axis=-1) + rows.completion_mask.sum(axis=(1, 2))
+    held, shapes = np.mean([sizes[at].sum() for at in steps]), sorted(set(chosen))
+    _LOG.info(
+        "fit: %d steps of %d shapes (compilations) %s, %.0f positions a step in place of %.0f (%.0f%% saved), "
+        "padding %.0f%% in place of %.0f%%",
+        config.steps, len(shapes), shapes, after, before, 100 * (1 - after / before), 100 * (1 - held / after),
+        100 * (1 - held / before),
+    )  # fmt: skip
+    return chosen
 
 
 def packed(world: World, data: tuple[Candidates, np.ndarray], order: Callable[[int], np.ndarray]) -> tuple:
@@ -172,12 +198,22 @@ def host_data(world: World, data: Any, order: Callable[[int], np.ndarray]) -> tu
     if not config.pack:
         mine = distributed.host_rows(place, config.batch_size)
         take = lambda which: jax.tree.map(lambda x: x[which], data)  # noqa: E731
-        return host_batches(take, order, num_steps=config.steps, rows=mine), config.batch_size
+        dataset = host_batches(take, order, num_steps=config.steps, rows=mine)
+        if config.length_buckets > 1:
+            lengths = bucketed(world, data, order)
+            dataset = dataset.map_with_index(lambda step, batch: _trimmed(batch, *lengths[step]))
+        return dataset, config.batch_size
     # Which sequences share a row is decided over the whole batch: every host packs all of it and cuts its rows out.
     pack, size = packed(world, data, order)
     mine = distributed.host_rows(place, size)
     part = lambda which: jax.tree.map(lambda x: x[mine], pack(which))  # noqa: E731
     return host_batches(part, order, num_steps=config.steps), size
+
+
+def _trimmed(batch: Candidates | VarBatch, *lengths: int) -> Candidates | VarBatch:
+    if isinstance(batch, VarBatch):
+        return dataclasses.replace(batch, candidates=batches.trim(batch.candidates, *lengths))
+    return batches.trim(batch, *lengths)
 
 
 def tune(world: World, drawn: Candidates) -> Transformer:

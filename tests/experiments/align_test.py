@@ -48,11 +48,12 @@ class Begun(Exception):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A tiny policy with a tokenizer of whole words, a file of prompts, and one with demonstrations."""
+    """A tiny policy with a tokenizer of whole words, and a file of prompts, one of them long; demonstrations of all."""
     home = tmp_path_factory.mktemp("align")
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(14))]
     save_policy(home / "policy", words)
     rows = [{"prompt": " ".join(words[2 + i : 5 + i - i % 3])} for i in range(12)]
+    rows[5]["prompt"] = " ".join(words[2:12] * 4)
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = [row | {"completion": "w1 w2 w3"} for row in rows]
     (home / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
@@ -121,12 +122,13 @@ def test_writes_all_that_it_promises(home, unbroken):
 def test_says_how_much_it_compiles_and_nothing_of_what_jax_does(unbroken):
     _, out, err = unbroken
     lines = [line for line in err.splitlines() if line.startswith("I")]
-    assert ["rollout.py" in line for line in lines] == [True] * len(lines)
+    assert ["rollout.py" in line or "align_fit.py" in line for line in lines] == [True] * len(lines)
     said = [line.partition("] ")[2] for line in lines]
     assert [line.partition(":")[0] for line in said] == [
-        "sample train", "sample heldout", "sample heldout-tuned", "score tuned"
+        "sample train", "fit", "sample heldout", "sample heldout-tuned", "score tuned"
     ]  # fmt: skip
     assert re.fullmatch(r"sample train: 8 rows in 1 batches of 1 shapes \(compilations\) .*; padding .*", said[0])
+    assert said[1].startswith("fit: 6 steps of 2 shapes (compilations) [(8, 6), (40, 6)], ")
     assert "compilations" not in out
 
 
@@ -244,7 +246,7 @@ def test_truncated_prompts_are_named_by_file_and_line(home, tmp_path, refused):
     ("flags_", "attention", "remat"),
     [
         ({}, "auto", "full"),
-        ({"attention": "plain", "remat": "dots"}, "plain", "dots"),
+        ({"attention": "plain", "remat": "dots", "length_buckets": 1}, "plain", "dots"),
         ({"remat": "none"}, "auto", "none"),
     ],
 )

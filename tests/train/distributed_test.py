@@ -50,6 +50,7 @@ def settings(tmp_path_factory):
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(CONFIG.vocab_size - 2))]
     save_policy(home / "policy", words, CONFIG)
     rows = [{"prompt": " ".join(words[2 + i % 27 : 5 + i % 27 - i % 4 % 3])} for i in range(36)]
+    rows[5]["prompt"] = " ".join(words[2:12] * 4)  # The steps that it is no part of are shorter, on both hosts.
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"policy": f"{home}/policy", "prompts": f"{home}/prompts.jsonl"} | SETTINGS
 
@@ -267,6 +268,12 @@ def test_whoever_is_gone_the_other_ends_in_time_and_says_so(gone, name):
     assert messages[end["status"]] in end["log"]
 
 
+def test_both_processes_pad_a_step_to_the_same_lengths(resumed):
+    lines = [next(line for line in log.splitlines() if "] fit: " in line).partition("] ")[2] for log in resumed["logs"]]
+    assert lines[0] == lines[1]
+    assert lines[0].startswith(f"fit: {STEPS} steps of 2 shapes (compilations) [(8, 4), (40, 4)], ")
+
+
 def test_only_the_first_process_reports(resumed):
     first, second = resumed["logs"]
     assert "| tilted_mle |" in first
@@ -332,7 +339,7 @@ def test_a_host_builds_its_own_rows_of_a_batch_only(monkeypatch):
             touched.extend(which.tolist())
             return rows[which]
 
-    config = SimpleNamespace(batch_size=8, steps=5, pack=False)
+    config = SimpleNamespace(batch_size=8, steps=5, pack=False, length_buckets=1)
     world, order = SimpleNamespace(config=config, mesh=make_mesh("data:4,fsdp:2")), epoch_batches(20, 8, seed=1)
     parts, (whole, size) = [], host_data(world, rows, order)
     for mine in (np.arange(4), np.arange(4, 8)):
