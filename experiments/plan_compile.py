@@ -20,6 +20,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from experiments import plan_hlo
 from experiments.plan_kept import kept
@@ -33,7 +34,7 @@ from tiltjax.train.method import Feedback
 from tiltjax.train.methods import METHODS
 from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, var_objective
 from tiltjax.train.policy import model_view
-from tiltjax.train.sharding import batch_sharding, make_mesh, sharded_step, shardings
+from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec, sharded_step, shardings
 from tiltjax.train.state import init_state
 from tiltjax.train.step import LossFn, train_step
 
@@ -156,7 +157,10 @@ def analyse(job: Job, step: Step, compiled: Any) -> dict[str, Any]:
     counts = plan_hlo.count(compiled.as_text(), mesh)
     stats, costs = compiled.memory_analysis(), compiled.cost_analysis()
     rows = mesh["data"] * mesh["fsdp"]
-    whole = step_flops(job.model, job.shape, lora_rank=job.lora_rank, devices=rows)
+    head = (job.model.vocab_size, job.model.features)
+    held = NamedSharding(step.mesh, param_spec("head", head, step.mesh)).shard_shape(head)
+    gathered = held[1] < job.model.features
+    whole = step_flops(job.model, job.shape, lora_rank=job.lora_rank, devices=rows, gathered=gathered)
     part = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((a.shape[0] // job.microbatches, *a.shape[1:]), a.dtype), step.batch
     )

@@ -57,8 +57,9 @@ def render(
 _READING = """\
 Operations are those of the matrix products, loops counted as often as they run ("counted", read from the compiled
 program) and from the architecture ("analytic", divided by the number of devices: where "counted" is larger, devices
-repeat each other's work). XLA's own cost analysis, given beside them, counts the body of a loop once and elementwise
-operations too. "Needed by the mathematics" leaves out what is computed again.
+repeat each other's work, or one alone pads the bfloat16 products of gradients, as a CPU needs it). XLA's own cost
+analysis, given beside them, counts the body of a loop once and elementwise operations too. "Needed by the mathematics"
+leaves out what is computed again.
 
 Memory is that of this CPU compilation: products widened to float32 where the CPU has no narrower ones, plain attention
 with all of its scores, and no scheduling for memory. An accelerator's compiler starts from the same sharded program and

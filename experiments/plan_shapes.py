@@ -103,19 +103,22 @@ class StepFlops:
     executed: float
 
 
-def step_flops(config: TransformerConfig, shape: Shape, *, lora_rank: int = 0, devices: int = 1) -> StepFlops:
+def step_flops(
+    config: TransformerConfig, shape: Shape, *, lora_rank: int = 0, devices: int = 1, gathered: bool = False
+) -> StepFlops:
     """Counts the products of `tiltjax.train.step.train_step` on a `tiltjax.models.transformer.Transformer`.
 
     The prompt goes through the blocks once for its N completions, of which all tokens but the last do. Scores are
     counted in full, as the plain attention computes them. The vocabulary projection is computed again in the backward
-    pass, unless one chunk is all of it: then the compiler sees that both are the same. Of a block, all is computed
-    again but the products on whose results no gradient depends.
+    pass, unless one chunk is all of it: then the compiler sees that both are the same, where each pass has not gathered
+    the projection for itself. Of a block, all is computed again but the products on whose results no gradient depends.
 
     Args:
       config: Of the policy.
       shape: Of the batch.
       lora_rank: Rank of the adapters; 0 trains all parameters.
       devices: Over which the batch is spread.
+      gathered: Whether the features of the vocabulary projection are spread over devices.
 
     Returns:
       `StepFlops`.
@@ -149,8 +152,8 @@ def step_flops(config: TransformerConfig, shape: Shape, *, lora_rank: int = 0, d
     forward = kernel + scores + adapter
     head = 2.0 * s.B * s.N * s.T * c.vocab_size * c.features
     head_backward = head * (1 if lora_rank else 2)
-    walked = c.vocab_size > _CHUNK or _ROWS * devices < s.B * s.N * s.T
+    twice = gathered or c.vocab_size > _CHUNK or _ROWS * devices < s.B * s.N * s.T
     return StepFlops(
         model=c.num_layers * (forward + backward) + head + head_backward,
-        executed=c.num_layers * (forward + backward + again) + (1 + walked) * head + head_backward,
+        executed=c.num_layers * (forward + backward + again) + (1 + twice) * head + head_backward,
     )

@@ -135,6 +135,16 @@ def test_operations_of_a_sharded_step_in_loops(sharded):
     assert not result["opaque"]
 
 
+@pytest.mark.parametrize(("mesh", "twice"), [("data:8", False), ("data:2,fsdp:4", True), ("data:4,tensor:2", False)])
+def test_a_vocabulary_of_one_chunk_is_multiplied_twice_only_where_each_pass_gathers_it(mesh, twice):
+    job = Job(dataclasses.replace(LLAMA, vocab_size=512, compute_dtype="bfloat16"), Shape(16, 2, 12, 9), mesh)
+    flops = plan_compile.run(job)["flops"]
+    assert flops["counted"] == flops["analytic"]
+    assert flops["analytic"] * 8 == step_flops(job.model, job.shape, devices=8, gathered=twice).executed
+    head = 2.0 * 16 * 2 * 9 * 512 * 64
+    assert flops["analytic"] * 8 - step_flops(job.model, job.shape, devices=8).executed == twice * head
+
+
 def test_memory_is_what_the_state_takes_on_a_device(sharded):
     step, result = plan_compile.prepare(sharded[0]), sharded[1]
     state = shard(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), step.state), step.mesh)
