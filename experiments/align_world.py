@@ -57,6 +57,11 @@ class World:
         """Over how many devices prompts are divided."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
+    @property
+    def scored_batch(self) -> int:
+        """Prompts scored at a time: those of ``sample_batch``, and up to what the devices can share."""
+        return -(-self.config.sample_batch // self.places) * self.places
+
     def rollout(self, split: str, model: Transformer, *, seed: int) -> tuple[Candidates, list[list[str]]]:
         """N scored candidates of every prompt of a split, kept on disk once they are whole."""
         config, rows = self.config, self.rows[split.partition("-")[0]]
@@ -104,13 +109,12 @@ class World:
 
     def ref_logp(self, drawn: Candidates, description: str) -> np.ndarray:
         """Log-probability of every completion under the reference, by the scorer."""
-        size = -(-self.config.sample_batch // self.places) * self.places  # Up to what devices can share.
         return score_all(
             self.model,
             drawn,
-            batch_size=size,
+            batch_size=self.scored_batch,
             scorer=self.scorer,
-            buckets=4 if len(drawn.prompt) > size else 1,  # Many calls of one batch: one shape.
+            buckets=4 if len(drawn.prompt) > self.scored_batch else 1,  # Many calls of one batch: one shape.
             sharding=batch_sharding(self.mesh),
             description=description,
         )

@@ -14,7 +14,8 @@ the gold reward's own is 0.437; accuracy 0.659 [0.630, 0.687] of at most 0.783; 
 of 0.587 [0.466, 0.695], by the gold reward itself 0.793, at random 0.212. About five minutes on two cores.
 
 ``--data=pairs.jsonl`` learns from your own labels (columns in `experiments.reward_world.file_splits`);
-``--label=judge:<policy>`` lets a policy compare instead of the gold reward.
+``--label=judge:<policy>`` lets a policy compare instead of the gold reward. On several hosts it is started as
+`experiments.align` is.
 
 Bad input ends with one line and exit status 2; TILTJAX_TRACEBACK=1 shows the whole traceback.
 """
@@ -27,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app
+from jax.sharding import Sharding
 
 from experiments import reward_report
 from experiments.align_config import HOW, AlignConfig, attention_field, remat_field
@@ -39,7 +41,9 @@ from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models import lora
 from tiltjax.models.heads import RewardModel, is_trainable
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
+from tiltjax.train import distributed
 from tiltjax.train.config import define_flags, field, from_flags, save_config
+from tiltjax.train.distributed import Hosts
 from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.learned_reward import reward_all, save_reward_model
 from tiltjax.train.loop import fit
@@ -55,7 +59,6 @@ from tiltjax.train.reward_model import (
     new_model,
     reward_objective,
 )
-from tiltjax.train.rollout import score_all
 from tiltjax.train.sharding import batch_sharding, shard, sharded_step
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
@@ -158,14 +161,19 @@ def kinds_of(config: RewardConfig) -> tuple[str, ...]:
 
 
 def run(config: RewardConfig) -> dict[str, Any]:
-    """The whole job; returns what it writes to ``results.json``."""
+    """The whole job; returns what it writes to ``results.json``: on process 0, and nothing on the others."""
     directory = check_run(config, free=(*FREE, *HOW))
-    if jax.process_count() > 1:
-        raise ValueError("experiments.reward_model runs on one host")
+    distributed.barrier("run checked")
     world = prepare(config.align(), directory)
-    places = world.mesh.shape["data"] * world.mesh.shape["fsdp"]
-    if config.batch_size % places:
-        raise ValueError(f"batch_size must be a multiple of data x fsdp = {places}, got {config.batch_size}")
+    if config.batch_size % world.places:
+        raise ValueError(f"batch_size must be a multiple of data x fsdp = {world.places}, got {config.batch_size}")
+
+    def note() -> None:
+        if not (directory / "config.json").exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            save_config(config, directory / "config.json")
+
+    places: dict[str, Any] = {"batch_size": world.scored_batch, "sharding": batch_sharding(world.mesh)}
     compare = None
     if config.label != "gold":
         policy = config.label.removeprefix("judge:")
@@ -182,22 +190,21 @@ def run(config: RewardConfig) -> dict[str, Any]:
             held_out, _ = drawn_split(world, "heldout", spec, **options)
         if kind == "local" and not config.beta:
             spec = dataclasses.replace(spec, beta=1 / learn.data.candidates.completion.shape[-1])
-        if not directory.exists() or not (directory / "config.json").exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            save_config(config, directory / "config.json")
-        learn = _referred(config, world, spec, learn)
+        distributed.by_main(note)  # Not before: input that is refused leaves no run behind.
+        learn = _referred(world, spec, learn)
         model = train(config, world, spec, learn.data)
         if kind in ("global", *LIKELIHOOD):  # The constant that comparisons leave open.
-            spec = dataclasses.replace(spec, offset=_mean(spec, model, learn.data, config.sample_batch))
+            spec = dataclasses.replace(spec, offset=_mean(spec, model, learn.data, **places))
         save_reward_model(model, spec, directory / kind / "model", tokenizer=world.tokenizer, overwrite=True)
-        held_out = _referred(config, world, spec, held_out)
-        reading = evaluate(spec, model, held_out.data, batch_size=config.sample_batch)
+        held_out = _referred(world, spec, held_out)
+        reading = evaluate(spec, model, held_out.data, **places)
         shown, reward = held_out, reading.reward
         if config.data and config.gold:
-            shown = _referred(config, world, spec, drawn_split(world, "heldout", spec, scale=config.scale)[0])
-            reward = evaluate(spec, model, shown.data, batch_size=config.sample_batch).reward
+            shown = _referred(world, spec, drawn_split(world, "heldout", spec, scale=config.scale)[0])
+            reward = evaluate(spec, model, shown.data, **places).reward
         verdicts.append(reward_report.verdict(spec, held_out, reading, shown, reward))
-    return reward_report.write(directory, config, verdicts, agreement=agreement if compare else None)
+    told = agreement if compare else None
+    return distributed.by_main(lambda: reward_report.write(directory, config, verdicts, agreement=told)) or {}
 
 
 def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) -> Any:
@@ -214,10 +221,11 @@ def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) 
     loss_fn = reward_objective(spec, centring=config.centring if spec.kind == "global" else 0.0)
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)
     order = epoch_batches(len(data.candidates.prompt), config.batch_size, seed=config.seed)
-    place = batch_sharding(world.mesh)
+    place, size = batch_sharding(world.mesh), config.batch_size
+    mine = distributed.host_rows(place, size)
     state = fit(
         state,
-        lambda i: jax.device_put(_rows(data, order(i)), place),
+        lambda i: distributed.global_batch(_rows(data, order(i)[mine]), place, size),
         step_fn=sharded_step(step, state, frozen, world.mesh),
         key=jax.random.fold_in(jax.random.key(config.seed), 3),
         num_steps=config.steps,
@@ -233,13 +241,16 @@ def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) 
     return lora.merge(params)
 
 
-def evaluate(spec: RewardSpec, model: Any, data: Labelled, *, batch_size: int) -> Reading:
+def evaluate(
+    spec: RewardSpec, model: Any, data: Labelled, *, batch_size: int, sharding: Sharding | None = None
+) -> Reading:
     """What a model says about labelled completions, batch by batch; NumPy arrays over all prompts."""
     reader, num = make_reader(spec), len(data.candidates.prompt)
-    parts = []
+    mine, parts = distributed.host_rows(sharding, batch_size), []
     for start in range(0, num, batch_size):
         rows = np.arange(start, min(start + batch_size, num))
-        part = jax.device_get(reader(model, _rows(data, np.resize(rows, batch_size))))
+        here = _rows(data, np.resize(rows, batch_size)[mine])
+        part = distributed.fetch(reader(model, distributed.global_batch(here, sharding, batch_size)))
         parts.append(_rows(part, np.arange(len(rows))))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
@@ -248,20 +259,18 @@ def _rows(data: Any, at: np.ndarray) -> Any:
     return jax.tree.map(lambda x: x[at], data)
 
 
-def _mean(spec: RewardSpec, model: Any, data: Labelled, batch_size: int) -> float:
+def _mean(spec: RewardSpec, model: Any, data: Labelled, **places: Any) -> float:
     """The mean reward of completions that were learned from, of at most 16 prompts."""
     part = _rows(data, np.arange(min(16, len(data.candidates.prompt)))).candidates
-    return float(np.mean(reward_all(model, part, scorer=make_reward(spec), batch_size=batch_size)))
+    return float(np.mean(reward_all(model, part, scorer=make_reward(spec), **places)))
 
 
-def _referred(config: RewardConfig, world: World, spec: RewardSpec, split: Split) -> Split:
+def _referred(world: World, spec: RewardSpec, split: Split) -> Split:
     """With the reference's log-probabilities, where the kind needs them."""
     if spec.kind != "dpo":
         return split
     candidates = split.data.candidates
-    options: dict[str, Any] = {"batch_size": config.sample_batch, "buckets": 1, "description": "score reference"}
-    ref_logp = score_all(world.model, candidates, scorer=world.scorer, **options)
-    candidates = dataclasses.replace(candidates, ref_logp=ref_logp)
+    candidates = dataclasses.replace(candidates, ref_logp=world.ref_logp(candidates, "score reference"))
     return dataclasses.replace(split, data=dataclasses.replace(split.data, candidates=candidates))
 
 
@@ -276,10 +285,14 @@ def _spec(config: RewardConfig, world: World, kind: str) -> RewardSpec:
 
 @program
 def main() -> None:
-    """Reads the flags and runs."""
-    run(from_flags(RewardConfig))
+    """Reads the flags, joins the other hosts and runs."""
+    config = from_flags(RewardConfig)
+    distributed.initialize(from_flags(Hosts))
+    with distributed.ends_with_the_others():
+        run(config)
 
 
 if __name__ == "__main__":
     define_flags(RewardConfig)
+    define_flags(Hosts)
     app.run(main)

@@ -24,7 +24,7 @@ from experiments import align
 from experiments.align_config import AlignConfig
 from experiments.align_fit import host_data
 from tests.tiny import save_policy
-from tests.train.hosts_main import improved
+from tests.train.hosts_main import improved, rewarded
 from tests.train.worlds import CONFIG
 from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models.transformer import Transformer
@@ -62,6 +62,7 @@ def alone(settings, tmp_path_factory):
     config = AlignConfig(output=str(directory), **settings)
     align.run(config)
     improved(config)
+    rewarded(config)
     return directory
 
 
@@ -174,6 +175,20 @@ def test_a_record_improves_the_policy_of_two_processes_as_that_of_one(alone, res
     assert [(line["step"], line["off_policy"] > 0) for line in lines] == [(0, False), (1, True), (2, True), (3, True)]
     assert abs(lines[0]["kl_k1"]) < 1e-6
     assert checkpoint.latest(theirs / "checkpoints") == 4
+
+
+def test_reward_models_of_two_processes_are_those_of_one(alone, resumed):
+    ours, theirs = (path.with_name(f"{path.name}-rewards") for path in (alone, resumed["directory"]))
+    for name in ("global/model/model", "global/model/reward_head", "dpo/model/model"):
+        weights = [load_file(path / f"{name}.safetensors") for path in (theirs, ours)]
+        chex.assert_trees_all_close(*weights, atol=1e-5, rtol=0)
+    assert np.abs(load_file(theirs / "global" / "model" / "reward_head.safetensors")["kernel"]).max() > 1e-3
+    for name in ("global/metrics.jsonl", "dpo/metrics.jsonl", "results.json"):
+        np.testing.assert_allclose(
+            *(numbers((path / name).read_text()) for path in (theirs, ours)), atol=1e-4, rtol=1e-4, err_msg=name
+        )
+    rewards = [json.loads((path / "global" / "model" / "reward.json").read_text()) for path in (theirs, ours)]
+    assert rewards[0]["offset"] == pytest.approx(rewards[1]["offset"], abs=1e-5)
 
 
 def test_two_processes_draw_the_candidates_of_few_prompts_as_those_of_many(alone, resumed):

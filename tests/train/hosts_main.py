@@ -14,12 +14,13 @@ import numpy as np
 from absl import app
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import align
+from experiments import align, reward_model
 from experiments.align_config import AlignConfig
 from experiments.align_fit import tune
 from experiments.align_online import improve
 from experiments.align_world import prepare
 from experiments.launch import program
+from experiments.reward_model import RewardConfig
 from tiltjax.models import pretrained
 from tiltjax.ops.collectives import pmean
 from tiltjax.samplers.continuous import decode_queue
@@ -39,6 +40,20 @@ def improved(config):
     world = prepare(told, directory)
     model = improve(world)
     pretrained.save(model, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
+    return directory
+
+
+def rewarded(config):
+    """Where reward models with a head and without one lie that learned from the policy's own completions."""
+    directory = pathlib.Path(f"{config.output}-rewards")
+    names = ("policy", "prompts", "num_candidates", "num_prompts", "num_eval_prompts", "max_tokens", "batch_size",
+             "sample_batch", "learning_rate", "compute_dtype", "mesh")  # fmt: skip
+    shared = {name: getattr(config, name) for name in names}
+    reward_model.run(
+        RewardConfig(
+            kind="global,dpo", gold=config.reward, scale=2.0, steps=2, lora_rank=2, output=str(directory), **shared
+        )
+    )
     return directory
 
 
@@ -150,6 +165,7 @@ def main():
     with distributed.ends_with_the_others(), mock.patch.object(rollout, "decode_queue", told_of):
         align.run(config)
         improved(config)
+        rewarded(config)
         gone_on(config)
         drawn_one_at_a_time(config)
         exchanged()

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
@@ -49,7 +50,12 @@ def encode(
 
 
 def reward_all(
-    model: Any, candidates: Candidates, *, scorer: Callable[[Any, Candidates], Float[Array, "B N"]], batch_size: int
+    model: Any,
+    candidates: Candidates,
+    *,
+    scorer: Callable[[Any, Candidates], Float[Array, "B N"]],
+    batch_size: int,
+    sharding: Sharding | None = None,
 ) -> Float[np.ndarray, "B N"]:
     """Rewards of any number of prompts, so many at a time.
 
@@ -58,12 +64,13 @@ def reward_all(
       candidates: B prompts with N completions each, NumPy.
       scorer: From `tiltjax.train.reward_model.make_reward`.
       batch_size: Prompts at a time; a short last batch is filled up with its own rows.
+      sharding: Where a batch goes.
 
     Returns:
       Reward units.
     """
     options: dict[str, Any] = {"keep": ("ref_logp", "where"), "buckets": 1, "description": None}
-    return np.asarray(score_all(model, candidates, scorer=scorer, batch_size=batch_size, **options))
+    return np.asarray(score_all(model, candidates, scorer=scorer, batch_size=batch_size, sharding=sharding, **options))
 
 
 def source_of(policy: str) -> str | os.PathLike:
