@@ -19,7 +19,7 @@ _MANY_ROWS = 16
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class KeyValue:
-    """Keys and values of ``U`` positions, heads before positions: ``[*batch, K, U, d]``; in a cache perhaps as bits."""
+    """Keys and values of ``U`` positions, heads before positions: ``[*batch, K, U, d]``."""
 
     key: Array
     value: Array
@@ -52,8 +52,9 @@ def attention(
 
     .. math:: o = \frac{\sum_{s} e^{q k^p_s} v^p_s + \sum_{u} e^{q k_u} v_u}{\sum_{s} e^{q k^p_s} + \sum_{u} e^{q k_u}}
 
-    Two blocks of scores under one softmax: the prompt's block is one matrix product for all N queries. Scores are
-    scaled by ``1 / sqrt(d)``; the softmax is float32 or wider.
+    Two blocks of scores under one softmax: the prompt's block is one matrix product for all N queries. Decoding
+    weighs each block by its own maximum, so that neither waits for the other, and merges them by log-sum-exp. Scores
+    are scaled by ``1 / sqrt(d)``; the softmax is float32 or wider.
 
     Args:
       query: H heads, a multiple of the K heads of the keys; consecutive queries share a key head.
@@ -69,7 +70,7 @@ def attention(
       The attended values.
     """
     B, N, H, T, d = query.shape
-    K, U = own.value.shape[2:4]
+    K = own.value.shape[2]
     chex.assert_is_divisible(H, K)
     G = H // K
     wide, dtype = jnp.promote_types(dtype, jnp.float32), operand_dtype(dtype)
@@ -80,32 +81,43 @@ def attention(
     def dot(spec, a, b):
         return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)
 
-    def alone(a):
-        return a.reshape(B * N, K, *a.shape[3:])
-
     def turn(a):
         """``[B, N, K, ...]`` as ``[B, K, N, ...]`` and back: what is large stays in the order of its product."""
         return jnp.swapaxes(a, 1, 2)
 
-    scores = dot(f"xkmd,xk{keys}->xkmu", q.reshape(B * N, K, G * T, d), alone(own.key)).reshape(B, N, K, G, T, U)
-    scores = jnp.where(own_mask if own_mask.ndim == 2 else own_mask[:, :, None, None], scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, initial=-jnp.inf)
-    if prefix is not None:
-        S, kv = prefix.mask.shape[-1], prefix.kv if cached else _converted(prefix.kv, dtype)
-        seen = prefix.mask[:, None, None, None] if prefix.mask.ndim == 3 else prefix.mask[:, None, :, None]
-        shared = dot(f"bkmd,bk{keys}->bkmu", turn(q).reshape(B, K, N * G * T, d), kv.key)
-        shared = jnp.where(seen, shared.reshape(B, K, N, G, T, S), -jnp.inf)
-        top = jnp.maximum(top, turn(jnp.max(shared, axis=-1, initial=-jnp.inf)))
-    top = jax.lax.stop_gradient(top)
-    weights = jnp.exp(scores - top[..., None])
-    total = jnp.sum(weights, axis=-1)
-    out = dot("xkmu,xkud->xkmd", weights.reshape(B * N, K, G * T, U), alone(own.value)).reshape(q.shape)
-    if prefix is not None:
-        weights = jnp.exp(shared - turn(top)[..., None])
-        total += turn(jnp.sum(weights, axis=-1))
-        weights = weights.reshape(B, K, N * G * T, S)
-        out += turn(dot("bkmu,bkud->bkmd", weights, kv.value).reshape(B, K, N, G, T, d))
-    return scale_rows(out, 1 / total).reshape(query.shape)
+    def scored(q, key, mask, shape):
+        """Scores, -inf where a query does not see, and the largest of them."""
+        scores = dot(f"xkmd,xk{keys}->xkmu", q, key).reshape(*shape, mask.shape[-1])
+        scores = jnp.where(mask, scores, -jnp.inf)
+        return scores, jax.lax.stop_gradient(jnp.max(scores, axis=-1, initial=-jnp.inf))
+
+    def weighted(scores, top, value):
+        """What the weights sum to, and the values times their weights."""
+        weights, rows = jnp.exp(scores - top[..., None]), top.size // (len(value) * K)
+        out = dot("xkmu,xkud->xkmd", weights.reshape(*value.shape[:2], rows, value.shape[2]), value)
+        return jnp.sum(weights, axis=-1), out.reshape(*top.shape, d)
+
+    alone = jax.tree.map(lambda a: a.reshape(B * N, *a.shape[2:]), own)
+    seen = own_mask if own_mask.ndim == 2 else own_mask[:, :, None, None]
+    scores, top = scored(q.reshape(B * N, K, G * T, d), alone.key, seen, (B, N, K, G, T))
+    if prefix is None:
+        total, out = weighted(scores, top, alone.value)
+        return scale_rows(out, 1 / total).reshape(query.shape)
+    kv = prefix.kv if cached else _converted(prefix.kv, dtype)
+    seen = prefix.mask[:, None, None, None] if prefix.mask.ndim == 3 else prefix.mask[:, None, :, None]
+    shared_scores, shared_top = scored(turn(q).reshape(B, K, N * G * T, d), kv.key, seen, (B, K, N, G, T))
+    both = jnp.maximum(top, turn(shared_top))
+    if cached:
+        shared_top = jnp.maximum(shared_top, jnp.finfo(wide).min)  # Finite where a query sees nothing of the prompt.
+    else:  # With a gradient one maximum for both is the cheaper way.
+        top, shared_top = both, turn(both)
+    total, out = weighted(scores, top, alone.value)
+    shared_total, shared_out = map(turn, weighted(shared_scores, shared_top, kv.value))
+    if cached:
+        part, shared_part = jnp.exp(top - both), jnp.exp(turn(shared_top) - both)
+        total, shared_total = total * part, shared_total * shared_part
+        out, shared_out = out * part[..., None], shared_out * shared_part[..., None]
+    return scale_rows(out + shared_out, 1 / (total + shared_total)).reshape(query.shape)
 
 
 def operand_dtype(dtype: Dtype, *, rows: int = 0) -> Dtype:

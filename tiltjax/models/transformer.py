@@ -15,7 +15,7 @@ from tiltjax.models.config import TransformerConfig
 from tiltjax.models.fused import choose, fused_attention
 from tiltjax.models.layers import ACTIVATIONS, NARROW, WIDEN, Linear, Norm, entry, rotary, rotate, scan_layers
 from tiltjax.models.segments import Segments, arrange
-from tiltjax.ops.bits import KEPT, as_bits, from_bits, gradient_at_rounded
+from tiltjax.ops.bits import KEPT, gradient_at_rounded
 from tiltjax.ops.collectives import spread, whole
 from tiltjax.ops.matmul import dot, turned_is_faster
 from tiltjax.ops.tokens import TokenStats, token_logp
@@ -33,9 +33,9 @@ class Cache:
     Attributes:
       prefix: One per layer: keys ``[B, K, d, S]``, values ``[B, K, S, d]``, in the type that attention multiplies in.
       prompt_mask: ``[B, S]``.
-      own: One per layer, ``[B N, K, d, T]`` and ``[B N, K, T, d]``, as `tiltjax.ops.bits.as_bits` stores it: a ring of
-        the last T tokens, updated in place under `jax.jit` (B and N in one axis, lest XLA drop one of length 1 and copy
-        the cache for it).
+      own: One per layer, ``[B N, K, d, T]`` and ``[B N, K, T, d]``, in the type that attention multiplies in, too: a
+        ring of the last T tokens, updated in place under `jax.jit` (B and N in one axis, lest XLA drop one of length 1
+        and copy the cache for it).
       angles: Cosines and sines of every position that a completion can reach, ``[S + T, R]`` each; None without rotary
         positions. A step would compute them in every layer again.
       step: How many tokens every candidate has appended, scalar; the next one goes to place ``step % T``.
@@ -275,7 +275,7 @@ class Transformer(nnx.Module):
         kv = _by_feature(jax.tree.map(lambda a: a.astype(operand_dtype(c.compute_dtype, rows=rows)), kv))
         prefix = tuple(jax.tree.map(lambda a: a[i, :, 0], kv) for i in range(c.num_layers))  # noqa: B023
         shape = (prompt.shape[0] * num_candidates, c.num_kv_heads, max_tokens, c.head_dim)
-        empty = as_bits(jnp.zeros(shape, c.compute_dtype))
+        empty = jnp.zeros(shape, operand_dtype(c.compute_dtype))
         own = (_by_feature(KeyValue(key=empty, value=empty)),) * c.num_layers
         last = self.norm(_at(x[:, 0], jnp.sum(prompt_mask, axis=-1) - 1))
         reach = jnp.arange(prompt.shape[1] + max_tokens)[None, None]
@@ -340,7 +340,7 @@ class Transformer(nnx.Module):
         for block, prefix, own in zip(self.unstacked().blocks, cache.prefix, cache.own, strict=True):
             query, new = block.project(y, angles)
             own = _put(own, new, place)
-            kv = jax.tree.map(lambda a: from_bits(a, c.compute_dtype).reshape(*token.shape, *a.shape[1:]), own)
+            kv = jax.tree.map(lambda a: a.reshape(*token.shape, *a.shape[1:]), own)
             shared = Prefix(kv=prefix, mask=seen)
             attended = attention(query, kv, own_mask, prefix=shared, cached=True, dtype=c.compute_dtype)
             y = block.finish(y, attended)
@@ -453,7 +453,7 @@ def _layer_of(blocks: Block, i: Int[Array, ""]) -> Block:
 
 def _put(cache: KeyValue, new: KeyValue, place: Int[Array, ""]) -> KeyValue:
     """The cache of a layer with one more key and value, ``new [B, N, K, 1, d]``, of every candidate."""
-    new = _by_feature(jax.tree.map(lambda a: as_bits(a).reshape(-1, *a.shape[2:]), new))
+    new = _by_feature(jax.tree.map(lambda a: a.astype(cache.key.dtype).reshape(-1, *a.shape[2:]), new))
     put = jax.lax.dynamic_update_slice_in_dim
     return KeyValue(key=put(cache.key, new.key, place, axis=-1), value=put(cache.value, new.value, place, axis=-2))
 

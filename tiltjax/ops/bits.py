@@ -1,4 +1,4 @@
-"""Numbers of 16 bits where they are stored: in caches, in loops, and as what a gradient remembers."""
+"""Numbers of 16 bits where they are stored: in loops, and as what a gradient remembers."""
 
 import functools
 from collections.abc import Callable
