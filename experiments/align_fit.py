@@ -228,10 +228,10 @@ def tune(world: World, drawn: Candidates) -> Transformer:
     place = batch_sharding(world.mesh)
     rows, size = host_data(world, data, order)
     stream = Stream(rows)
-    batch_of = lambda step: distributed.global_batch(stream(step), place, size)  # noqa: E731
+    batch_of, read = lambda step: distributed.global_batch(stream(step), place, size), frozen
     mapped = sharded_step(step, state, frozen, world.mesh) if config.mapping == "sharded" else pmap_step(step)
     if config.mapping == "pmap":  # It maps over the devices of this host, and takes what is on them.
-        batch_of, state, frozen = stream, distributed.localize(state), distributed.localize(frozen)
+        batch_of, state, read = stream, distributed.localize(state), distributed.localize(frozen)
     state = fit(
         state,
         batch_of,
@@ -239,7 +239,7 @@ def tune(world: World, drawn: Candidates) -> Transformer:
         key=jax.random.fold_in(jax.random.key(config.seed), 3),
         num_steps=config.steps,
         directory=world.directory,
-        frozen=frozen,
+        frozen=read,
         resume=config.resume,
         checkpoint_every=config.checkpoint_every,
     )

@@ -24,7 +24,7 @@ from experiments import align
 from experiments.align_config import AlignConfig
 from experiments.align_fit import host_data
 from tests.tiny import save_policy
-from tests.train.hosts_main import improved, rewarded
+from tests.train.hosts_main import adapted, improved, rewarded
 from tests.train.worlds import CONFIG
 from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models.transformer import Transformer
@@ -63,6 +63,7 @@ def alone(settings, tmp_path_factory):
     align.run(config)
     improved(config)
     rewarded(config)
+    adapted(config)
     return directory
 
 
@@ -189,6 +190,14 @@ def test_reward_models_of_two_processes_are_those_of_one(alone, resumed):
         )
     rewards = [json.loads((path / "global" / "model" / "reward.json").read_text()) for path in (theirs, ours)]
     assert rewards[0]["offset"] == pytest.approx(rewards[1]["offset"], abs=1e-5)
+
+
+def test_two_processes_fit_adapters_by_pmap_as_one_does(alone, resumed):
+    ours, theirs = (path.with_name(f"{path.name}-adapted") for path in (alone, resumed["directory"]))
+    weights = [load_file(path / "hf" / "model.safetensors") for path in (theirs, ours)]
+    chex.assert_trees_all_close(*weights, atol=1e-5, rtol=0)
+    start = load_file(pathlib.Path(json.loads((alone / "config.json").read_text())["policy"]) / "model.safetensors")
+    assert max(np.abs(weights[0][name] - start[name]).max() for name in start) > 1e-3
 
 
 def test_two_processes_draw_the_candidates_of_few_prompts_as_those_of_many(alone, resumed):

@@ -21,6 +21,7 @@ from experiments.align_online import improve
 from experiments.align_world import prepare
 from experiments.launch import program
 from experiments.reward_model import RewardConfig
+from tiltjax.data.candidates import load
 from tiltjax.models import pretrained
 from tiltjax.ops.collectives import pmean
 from tiltjax.samplers.continuous import decode_queue
@@ -54,6 +55,16 @@ def rewarded(config):
             kind="global,dpo", gold=config.reward, scale=2.0, steps=2, lora_rank=2, output=str(directory), **shared
         )
     )
+    return directory
+
+
+def adapted(config):
+    """Where a policy lies whose adapters `jax.pmap` has fitted for two steps to the candidates of the run."""
+    directory = pathlib.Path(f"{config.output}-adapted")
+    told = dataclasses.replace(config, lora_rank=2, mapping="pmap", mesh="data:8", steps=2, resume=False)
+    world = prepare(told, directory)
+    model = tune(world, load(pathlib.Path(config.output) / "candidates" / "train.npz"))
+    pretrained.save(model, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
     return directory
 
 
@@ -166,6 +177,7 @@ def main():
         align.run(config)
         improved(config)
         rewarded(config)
+        adapted(config)
         gone_on(config)
         drawn_one_at_a_time(config)
         exchanged()
