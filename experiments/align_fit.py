@@ -228,8 +228,9 @@ def tune(world: World, drawn: Candidates) -> Transformer:
     place = batch_sharding(world.mesh)
     rows, size = host_data(world, data, order)
     stream = Stream(rows)
-    batch_of, read = lambda step: distributed.global_batch(stream(step), place, size), frozen
+    batch_of = lambda step: distributed.global_batch(stream(step), place, size)  # noqa: E731
     mapped = sharded_step(step, state, frozen, world.mesh) if config.mapping == "sharded" else pmap_step(step)
+    read = frozen
     if config.mapping == "pmap":  # It maps over the devices of this host, and takes what is on them.
         batch_of, state, read = stream, distributed.localize(state), distributed.localize(frozen)
     state = fit(

@@ -96,7 +96,8 @@ def test_a_module_prints_one_line_and_keeps_it(results, tmp_path):
     # A process of its own, as in a run: this one's peak of memory is that of the tests before.
     command = [sys.executable, "-m", "benchmarks.group", "--cases=group_score", "--shape=tiny", "--dtype=float32"]
     command += ["--repeats=2", "--run=r"]
-    environment = {**os.environ, "TILTJAX_BENCH_RESULTS": str(results), "TILTJAX_CACHE": str(tmp_path / "cache")}
+    told = {"TILTJAX_BENCH_RESULTS": str(results), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | told
     done = subprocess.run(command, cwd=harness.ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()

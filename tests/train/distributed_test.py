@@ -146,11 +146,17 @@ def test_a_killed_host_ends_the_other_in_time_and_with_a_message(killed):
     assert not (killed["directory"] / "results.json").exists()
 
 
-def test_two_processes_end_where_one_does(alone, resumed):
-    ours, theirs = (load_file(path / "hf" / "model.safetensors") for path in (alone, resumed["directory"]))
+def same_policies(alone, resumed, suffix=""):
+    """One process and two have ended in the same parameters; returns how far each has moved."""
+    ends = [path.with_name(path.name + suffix) / "hf" for path in (alone, resumed["directory"])]
+    ours, theirs = (load_file(path / "model.safetensors") for path in ends)
     chex.assert_trees_all_close(theirs, ours, atol=1e-5, rtol=0)
     start = load_file(pathlib.Path(json.loads((alone / "config.json").read_text())["policy"]) / "model.safetensors")
-    assert min(np.abs(ours[name] - start[name]).max() for name in ours) > 1e-3
+    return [np.abs(theirs[name] - start[name]).max() for name in start]
+
+
+def test_two_processes_end_where_one_does(alone, resumed):
+    assert min(same_policies(alone, resumed)) > 1e-3
     for name in ("metrics.jsonl", "results.json"):
         ours, theirs = (numbers((path / name).read_text()) for path in (alone, resumed["directory"]))
         np.testing.assert_allclose(theirs, ours, atol=1e-4, rtol=1e-4, err_msg=name)
@@ -165,10 +171,7 @@ def test_two_processes_end_where_one_does(alone, resumed):
 def test_a_record_improves_the_policy_of_two_processes_as_that_of_one(alone, resumed):
     """Players on a mesh over both, prompts split between them, rewards of each host's own rows."""
     ours, theirs = (path.with_name(f"{path.name}-record") for path in (alone, resumed["directory"]))
-    weights = [load_file(path / "hf" / "model.safetensors") for path in (ours, theirs)]
-    chex.assert_trees_all_close(*weights, atol=1e-5, rtol=0)
-    start = load_file(pathlib.Path(json.loads((alone / "config.json").read_text())["policy"]) / "model.safetensors")
-    assert min(np.abs(weights[1][name] - start[name]).max() for name in start) > 1e-4
+    assert min(same_policies(alone, resumed, "-record")) > 1e-4
     logged = [(path / "metrics.jsonl").read_text() for path in (ours, theirs)]
     np.testing.assert_allclose(*map(numbers, logged), atol=1e-4, rtol=1e-4)
     lines = [json.loads(line) for line in logged[1].splitlines()]
@@ -193,11 +196,7 @@ def test_reward_models_of_two_processes_are_those_of_one(alone, resumed):
 
 
 def test_two_processes_fit_adapters_by_pmap_as_one_does(alone, resumed):
-    ours, theirs = (path.with_name(f"{path.name}-adapted") for path in (alone, resumed["directory"]))
-    weights = [load_file(path / "hf" / "model.safetensors") for path in (theirs, ours)]
-    chex.assert_trees_all_close(*weights, atol=1e-5, rtol=0)
-    start = load_file(pathlib.Path(json.loads((alone / "config.json").read_text())["policy"]) / "model.safetensors")
-    assert max(np.abs(weights[0][name] - start[name]).max() for name in start) > 1e-3
+    assert max(same_policies(alone, resumed, "-adapted")) > 1e-3
 
 
 def test_two_processes_draw_the_candidates_of_few_prompts_as_those_of_many(alone, resumed):
