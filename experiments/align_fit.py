@@ -111,6 +111,14 @@ def bucketed(world: World, data: Candidates | VarBatch, order: Callable[[int], n
     """What the prompts and completions of every step are padded to: at most ``length_buckets`` different pairs.
 
     They follow from the lengths of all prompts, whichever of them a host loads: hosts agree without asking.
+
+    Args:
+      world: Of the run.
+      data: Rows of all prompts, of `training_data`.
+      order: ``step -> indices`` of the global batch.
+
+    Returns:
+      ``(S, T)`` of every step, in tokens.
     """
     config, rows = world.config, data.candidates if isinstance(data, VarBatch) else data
     counts, widths = (1, rows.completion.shape[1]), (rows.prompt.shape[1], rows.completion.shape[2])

@@ -242,6 +242,12 @@ def take(candidates: Candidates, indices: Sequence[int] | slice | Int[Array, "K"
 def lengths(candidates: Candidates) -> Int[np.ndarray, "B 2"]:
     """Tokens of every prompt, and of the longest of its completions.
 
+    Args:
+      candidates: Padded on the right.
+
+    Returns:
+      Two columns, what `trim` takes at least.
+
     Example:
       >>> lengths(from_tokens([[5, 6], [5]], [[[7], [8, 9, 2]], [[8], []]], pad_id=0)).tolist()
       [[2, 3], [1, 1]]
