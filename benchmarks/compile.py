@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
             for state in ("cold", "cached"):
                 # One lap is no timing: its row is not kept among the timings.
                 variables = {"JAX_COMPILATION_CACHE_DIR": cache, "TILTJAX_BENCH_RESULTS": cache}
-                row, _why = start(job, run=given.run, limit=given.limit, environment=variables)
+                row, why = start(job, run=given.run, limit=given.limit, environment=variables)
                 if row is None:
                     print(f"{job.label} {state}: {why}", flush=True)
                     break

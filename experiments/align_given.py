@@ -53,7 +53,7 @@ class Given:
     cost: Any = None
     fingerprint: str = ""
 
-    def demonstrated(self, key: PRNGKey, rows: Int[Array, "B"], prompts: Candidates, num: int) -> Candidates:
+    def demonstrated(self, key: PRNGKey, rows: Int[Array, " B"], prompts: Candidates, num: int) -> Candidates:
         """``num`` demonstrations of each of the training prompts ``rows``, in an order that the key decides."""
         assert self.demonstrations is not None
         T, rng, picked = prompts.completion.shape[-1], _generator(key), []
@@ -72,7 +72,7 @@ class Given:
         tokens, mask = pad(flat, length=prompts.completion.shape[-1], truncate="right")
         return _undrawn(take(prompts, rows), tokens[:, None], mask[:, None])
 
-    def mixed_in(self, key: PRNGKey, place: Bool[np.ndarray, "N"], drawn: Candidates, told: Feedback) -> tuple:
+    def mixed_in(self, key: PRNGKey, place: Bool[np.ndarray, " N"], drawn: Candidates, told: Feedback) -> tuple:
         """The batch with as many rows again: a text of the corpus on its own prompt, in the corpus's place among N.
 
         Args:
@@ -197,7 +197,7 @@ class _LearnedCost:
         return [-(reward + self.model.spec.offset) for reward in self.model(prompts, completions)]
 
 
-def feedback(world: Any, record: Method, rows: Int[Array, "B"], drawn: Candidates) -> Feedback:
+def feedback(world: Any, record: Method, rows: Int[Array, " B"], drawn: Candidates) -> Feedback:
     """Everything that the record learns about candidates of the training prompts ``rows``, in NumPy.
 
     The reward is always there: what does not learn from it is measured by it.

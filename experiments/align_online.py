@@ -165,11 +165,11 @@ def _drawing(
         here = distributed.global_batch(take(prompts, mine), place, B)
         return whole_on_every_host(write(key, players, source, here, num), place)
 
-    def begin(players: Players, key: PRNGKey, rows: Int[Array, "B"]) -> list[Candidates]:
+    def begin(players: Players, key: PRNGKey, rows: Int[Array, " B"]) -> list[Candidates]:
         """What the devices are going to fill."""
         return rounds.draw(record, players, take(asked, rows), key, sample=functools.partial(sample, rows))
 
-    def end(rows: Int[Array, "B"], begun: list[Candidates]) -> tuple[Candidates, Feedback]:
+    def end(rows: Int[Array, " B"], begun: list[Candidates]) -> tuple[Candidates, Feedback]:
         drawn = jax.device_get(rounds.join(record, take(asked, rows), distributed.fetch(begun)))
         return drawn, feedback(world, record, rows, drawn)
 
@@ -203,7 +203,7 @@ def _drawing(
     return draw
 
 
-def _informative(told: Feedback) -> Bool[Array, "B"]:
+def _informative(told: Feedback) -> Bool[Array, " B"]:
     """Whether the candidates of a prompt differ in reward: if none does, no group method learns anything from it."""
     return np.ptp(np.asarray(told.reward), axis=1) > 0
 
@@ -213,7 +213,7 @@ def _drawn_reward(told: Feedback, drawn: Candidates) -> float:
     return float(np.mean(told.reward, where=True if drawn.where is None else drawn.where))
 
 
-def _replaced(batch: tuple, good: Bool[Array, "B"], more: tuple, better: Bool[Array, "B"]) -> tuple:
+def _replaced(batch: tuple, good: Bool[Array, " B"], more: tuple, better: Bool[Array, " B"]) -> tuple:
     """The batch with its uninformative rows replaced, as far as they go, by the informative ones of another."""
     into, of = np.flatnonzero(~good), np.flatnonzero(better)
     into, of = into[: len(of)], of[: len(into)]

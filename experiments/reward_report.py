@@ -76,7 +76,7 @@ class Verdict:
 
 
 @functools.partial(jax.jit, static_argnames="n")
-def gold_of_best(proxy: Float[Array, "P N"], gold: Float[Array, "P N"], *, n: int) -> Float[Array, "P"]:
+def gold_of_best(proxy: Float[Array, "P N"], gold: Float[Array, "P N"], *, n: int) -> Float[Array, " P"]:
     r"""Expected gold reward of the best of ``n`` by a proxy, unbiased from ``N >= n`` candidates.
 
     The mean over all subsets of size ``n``. The expected largest proxy, `tiltjax.ops.order.expected_max`, is a weighted

@@ -26,13 +26,13 @@ class Batch:
       lengths: What they are padded to, one number per column of lengths.
     """
 
-    rows: Int[np.ndarray, "_"]
+    rows: Int[np.ndarray, " _"]
     real: int
     lengths: tuple[int, ...]
 
 
 def choose_buckets(
-    lengths: Sequence[int] | Int[np.ndarray, "n"],
+    lengths: Sequence[int] | Int[np.ndarray, " n"],
     *,
     longest: int | None = None,
     most: int = 4,
@@ -92,7 +92,7 @@ def choose_buckets(
     return tuple(reversed(chosen))
 
 
-def bucket_of(lengths: Sequence[int] | Int[np.ndarray, "n"], buckets: Sequence[int]) -> Int[np.ndarray, "n"]:
+def bucket_of(lengths: Sequence[int] | Int[np.ndarray, " n"], buckets: Sequence[int]) -> Int[np.ndarray, " n"]:
     """Index of the smallest bucket that holds each sequence.
 
     Args:
@@ -173,7 +173,7 @@ def batches_of(
     return out
 
 
-def padding_waste(lengths: Int[np.ndarray, "n columns"], batches: Sequence[Batch]) -> Float[np.ndarray, "columns"]:
+def padding_waste(lengths: Int[np.ndarray, "n columns"], batches: Sequence[Batch]) -> Float[np.ndarray, " columns"]:
     """Share of the positions that is padding, by column.
 
     Args:

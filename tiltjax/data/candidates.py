@@ -38,7 +38,7 @@ __all__ = [
     "trim",
 ]
 
-Tokens = Sequence[int] | Int[Array, "_"]
+Tokens = Sequence[int] | Int[Array, " _"]
 """Token ids of one prompt or one completion, not padded."""
 
 
@@ -130,7 +130,7 @@ def from_tokens(
     prompt_length: int | None = None,
     completion_length: int | None = None,
     truncate: bool = False,
-    reward: Sequence[Sequence[float | int] | Float[Array, "_"]] | Float[Array, "B N"] | None = None,
+    reward: Sequence[Sequence[float | int] | Float[Array, " _"]] | Float[Array, "B N"] | None = None,
 ) -> Candidates:
     """Pads prompts and any number of completions of each into one batch.
 
@@ -225,7 +225,7 @@ def pairs(
     )
 
 
-def take(candidates: Candidates, indices: Sequence[int] | slice | Int[Array, "K"]) -> Candidates:
+def take(candidates: Candidates, indices: Sequence[int] | slice | Int[Array, " K"]) -> Candidates:
     """The prompts at ``indices``, with all of their candidates.
 
     Args:

@@ -136,7 +136,7 @@ class Sequences:
     token: Int[Array, "R L"]
     segment: Int[Array, "R L"]
     weight: Float[Array, "R L"]
-    count: Float[Array, "R"]
+    count: Float[Array, " R"]
 
 
 def pack_sequences(
@@ -189,7 +189,7 @@ def pack_sequences(
     return Sequences(token=token, segment=segment, weight=weight, count=count)
 
 
-def rows_needed(sizes: Sequence[int] | Int[np.ndarray, "n"], *, length: int) -> int:
+def rows_needed(sizes: Sequence[int] | Int[np.ndarray, " n"], *, length: int) -> int:
     """How many rows `pack_sequences` takes for sequences of these lengths.
 
     Example:
@@ -199,7 +199,7 @@ def rows_needed(sizes: Sequence[int] | Int[np.ndarray, "n"], *, length: int) -> 
     return len(_first_fit(np.asarray(sizes), length))
 
 
-def _first_fit(sizes: Int[np.ndarray, "n"], length: int, most: int | None = None) -> list[list[int]]:
+def _first_fit(sizes: Int[np.ndarray, " n"], length: int, most: int | None = None) -> list[list[int]]:
     """Which sequences stand in which row: the longest first, each into the first row that has room for it."""
     if sizes.max(initial=0) > length:
         raise ValueError(f"length must be at least the longest sequence, {sizes.max()} tokens, got {length}")

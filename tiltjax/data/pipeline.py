@@ -23,7 +23,7 @@ def epoch_batches(
     batch_size: int,
     *,
     seed: int,
-    lengths: Int[np.ndarray, "num_prompts"] | None = None,
+    lengths: Int[np.ndarray, " num_prompts"] | None = None,
     window: int = 1,
 ) -> Callable[[int], np.ndarray]:
     """Which prompts each step sees: every prompt once per epoch, in an order that depends on seed and epoch only.
@@ -79,11 +79,11 @@ def epoch_batches(
 
 
 def host_batches(
-    take: Callable[[Int[Array, "_"]], PyTree],
+    take: Callable[[Int[Array, " _"]], PyTree],
     order: Callable[[int], np.ndarray],
     *,
     num_steps: int,
-    rows: Int[Array, "_"] | slice = slice(None),
+    rows: Int[Array, " _"] | slice = slice(None),
 ) -> Any:
     """A grain dataset whose element ``step`` is this host's share of that step's batch.
 

@@ -54,7 +54,7 @@ __all__ = [
 _Matrix = Float[Array, "*#batch n n"]
 _Policy = Float[Array, "*batch n"]
 _Strength = Numeric | Float[Array, "*batch"]
-_Step = int | Int[Array, ""] | Int[Array, "steps"]
+_Step = int | Int[Array, ""] | Int[Array, " steps"]
 
 
 def check_preference(preference: _Matrix, *, tol: float = 1e-6) -> None:

@@ -57,7 +57,7 @@ def level_features(horizon: int) -> Float[Array, "K D"]:
 
 def fit_linear_reward(
     wins: Float[Array, "K K"] | Int[Array, "K K"], features: Float[Array, "K D"]
-) -> Float[Array, "K"]:
+) -> Float[Array, " K"]:
     r"""The reward of largest Bradley-Terry likelihood among those linear in the features.
 
     .. math:: \max_\theta \sum_{ij} \mathrm{wins}_{ij} \log \sigma(r_i - r_j), \qquad r = \Phi \theta
@@ -116,7 +116,7 @@ class Law:
 
 
 def statistical_law(
-    ref: Float[Array, "K"], reward: Float[Array, "K"], features: Float[Array, "K D"], *, beta: Numeric
+    ref: Float[Array, " K"], reward: Float[Array, " K"], features: Float[Array, "K D"], *, beta: Numeric
 ) -> Law:
     r"""The asymptotic law of `fit_linear_reward` and of the tilt by what it finds.
 
@@ -178,8 +178,8 @@ class Gap:
 
 def sample_gap(
     key: PRNGKey,
-    ref: Float[Array, "K"],
-    reward: Float[Array, "K"],
+    ref: Float[Array, " K"],
+    reward: Float[Array, " K"],
     features: Float[Array, "K D"],
     *,
     n: int,

@@ -257,10 +257,10 @@ class Cycles:
     """
 
     p: Float[Array, "cycles 2"]
-    slope: Float[Array, "cycles"]
+    slope: Float[Array, " cycles"]
 
     @property
-    def stable(self) -> Bool[Array, "cycles"]:
+    def stable(self) -> Bool[Array, " cycles"]:
         """True where neighbours are attracted."""
         return np.abs(self.slope) < 1
 
@@ -346,8 +346,8 @@ def expected_advantage(
 
 
 def expected_gradient(
-    logits: Float[Array, "K"], reward: Float[Array, "K"], advantage: _Advantage, *, size: int
-) -> Float[Array, "K"]:
+    logits: Float[Array, " K"], reward: Float[Array, " K"], advantage: _Advantage, *, size: int
+) -> Float[Array, " K"]:
     r"""Exact mean of a policy gradient over all groups of ``size`` draws from a softmax policy over K arms.
 
     .. math:: E_{y_1, \dots, y_G \sim \pi} \left[ \frac1G \sum_i A_i \nabla \log \pi(y_i) \right]

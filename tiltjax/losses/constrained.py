@@ -29,8 +29,8 @@ class Multiplier:
     """
 
     log_multiplier: Float[Array, ""]
-    cost: Float[Array, "window"]
-    seen: Bool[Array, "window"]
+    cost: Float[Array, " window"]
+    seen: Bool[Array, " window"]
 
 
 def init_multiplier(multiplier: float = 1.0, *, window: int = 128) -> Multiplier:

@@ -216,7 +216,7 @@ def position_features(side: int, features: int) -> np.ndarray:
     return np.concatenate(both, axis=-1).reshape(side**2, features).astype(np.float32)
 
 
-def _level_features(alpha_bar: Float[Array, "R"]) -> Float[Array, "R F"]:
+def _level_features(alpha_bar: Float[Array, " R"]) -> Float[Array, "R F"]:
     """Sines and cosines of the log signal-to-noise ratio, from one turn over its whole range to fine ones."""
     log_snr = jnp.clip(jax.scipy.special.logit(alpha_bar), -_MAX_LOG_SNR, _MAX_LOG_SNR)
     frequency = jnp.exp(jnp.linspace(math.log(math.pi / (2 * _MAX_LOG_SNR)), math.log(4.0), _FREQUENCIES))

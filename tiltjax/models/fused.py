@@ -91,7 +91,7 @@ def fused_attention(
     query: Float[Array, "B N H T d"],
     own: KeyValue,
     prefix: KeyValue | None = None,
-    prefix_length: Int[Array, "B"] | None = None,
+    prefix_length: Int[Array, " B"] | None = None,
     *,
     implementation: str,
     dtype: Dtype = jnp.float32,

@@ -42,9 +42,9 @@ class Arrangement:
 
     prompt_position: Int[Array, "#B S"]
     prompt_sees: Bool[Array, "B 1 S S"] | None
-    position: Int[Array, "B #N T"]
+    position: Int[Array, " B #N T"]
     sees: Bool[Array, "..."]
-    last: Int[Array, "B #N"]
+    last: Int[Array, " B #N"]
 
 
 def arrange(

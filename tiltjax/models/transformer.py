@@ -284,7 +284,7 @@ class Transformer(nnx.Module):
         return dot(last, self.projection(), c.compute_dtype), cache
 
     def refill(
-        self, cache: Cache, row: Int[Array, "R"], prompt: Int[Array, "R S"], prompt_mask: Bool[Array, "R S"]
+        self, cache: Cache, row: Int[Array, " R"], prompt: Int[Array, "R S"], prompt_mask: Bool[Array, "R S"]
     ) -> tuple[Float[Array, "R V"], Cache]:
         """Runs R new prompts once and puts them in the place of others; the caller counts their candidates from 0.
 
@@ -463,5 +463,5 @@ def _by_feature(kv: KeyValue) -> KeyValue:
     return KeyValue(key=jnp.swapaxes(kv.key, -1, -2), value=kv.value)
 
 
-def _at(x: Float[Array, "B S D"], index: Int[Array, "B"]) -> Float[Array, "B D"]:
+def _at(x: Float[Array, "B S D"], index: Int[Array, " B"]) -> Float[Array, "B D"]:
     return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]

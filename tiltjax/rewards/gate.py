@@ -124,7 +124,7 @@ def score(
     name: str | None = None,
     progress: bool = True,
     batch_size: int = 64,
-) -> Float[np.ndarray, "M"]:
+) -> Float[np.ndarray, " M"]:
     """Calls a reward on M completions, in order and in batches, and checks all that it returns.
 
     A reward that takes longer than a second shows a progress bar on standard error. A reward that compares the

@@ -54,7 +54,7 @@ def self_certainty(
     *,
     direction: str,
     where: Bool[Array, "*batch T"] | None = None,
-    vocabulary: int | Bool[Array, "V"] | None = None,
+    vocabulary: int | Bool[Array, " V"] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""How far the next-token distributions are from uniform, mean over the tokens of a completion.
 
@@ -308,7 +308,7 @@ def ttrl_reward(
 
 def cluster_answers(
     answers: Sequence[str | None], *, equivalent: Callable[[str, str], bool] = operator.eq
-) -> Int[np.ndarray, "N"]:
+) -> Int[np.ndarray, " N"]:
     """Turns the answers to one prompt into ids, counted from 0 in order of first appearance. Runs on the host.
 
     Every new text is compared with the first member of each cluster, so where ``equivalent`` is not transitive the

@@ -117,7 +117,7 @@ class _Queue:
             steps=jnp.int32(0),
         )
 
-    def free(self, s: _State) -> Bool[Array, "G"]:
+    def free(self, s: _State) -> Bool[Array, " G"]:
         """Which groups have handed out and finished all of their candidates."""
         _, N, *_ = self.sizes
         return jnp.all(s.candidate == N, axis=1) & (s.following == N)
@@ -185,7 +185,7 @@ def decode_queue(
     prompt: Int[Array, "P S"],
     prompt_mask: Bool[Array, "P S"],
     prefill: Callable[[Int[Array, "G S"], Bool[Array, "G S"]], tuple[Float[Array, "G V"], Any]],
-    refill: Callable[[Any, Int[Array, "R"], Int[Array, "R S"], Bool[Array, "R S"]], tuple[Float[Array, "R V"], Any]],
+    refill: Callable[[Any, Int[Array, " R"], Int[Array, "R S"], Bool[Array, "R S"]], tuple[Float[Array, "R V"], Any]],
     step: Callable[[Int[Array, "G W"], Any, Int[Array, "G W"]], tuple[Float[Array, "G W V"], Any]],
     *,
     groups: int,

@@ -178,7 +178,7 @@ def ddpm_path(
     *,
     eta: Numeric = 1.0,
     twist: LogWeight | None = None,
-) -> Float[Array, "levels *shape"]:
+) -> Float[Array, " levels *shape"]:
     """Every level that `ddim` passes through: entry k is at ``alpha_bar[k]``, so entry 0 is ``x_0`` and the last ``x``.
 
     What a policy gradient needs: the log-probability of a step is that of entry k under `reverse_kernel` at entry

@@ -172,7 +172,7 @@ def smc(
 def steered_denoise(
     key: PRNGKey,
     denoiser: Denoiser,
-    x: Float[Array, "N *event"],
+    x: Float[Array, " N *event"],
     alpha_bar: Float[Array, " levels"],
     value: LogWeight,
     *,

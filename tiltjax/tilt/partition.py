@@ -172,12 +172,12 @@ def in_batch_log_partition(
     ref_logp: Float[Array, "B M"],
     reward: Float[Array, "B M"],
     *,
-    beta: Numeric | Float[Array, "B"],
+    beta: Numeric | Float[Array, " B"],
     method: str,
-    ref_mixture_logp: Float[Array, "M"] | None = None,
+    ref_mixture_logp: Float[Array, " M"] | None = None,
     where: Bool[Array, "B M"] | None = None,
     axis_name: AxisName = None,
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     r"""The log-partition of every prompt from the completions of the whole batch.
 
     Entry ``[i, j]`` is completion ``j`` scored under prompt ``i``.

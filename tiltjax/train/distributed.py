@@ -230,7 +230,7 @@ def gather_rows(values: Array, num_rows: int) -> Array:
     return np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, *values.shape[1:])[:num_rows]
 
 
-def host_rows(sharding: Sharding | None, num_rows: int) -> Int[Array, "_"]:
+def host_rows(sharding: Sharding | None, num_rows: int) -> Int[Array, " _"]:
     """Which rows of a global batch this host's devices hold, and so which it must load.
 
     Args:

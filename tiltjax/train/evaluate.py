@@ -43,12 +43,12 @@ class PromptEstimates:
       tilt_kl: KL of the tilt from the reference, nats, ``[P]``.
     """
 
-    log_z: Float[Array, "P"]
-    log_z_jackknife: Float[Array, "P"]
-    ess: Float[Array, "P"]
-    pareto_k: Float[Array, "P"]
-    tilted_reward: Float[Array, "P"]
-    tilt_kl: Float[Array, "P"]
+    log_z: Float[Array, " P"]
+    log_z_jackknife: Float[Array, " P"]
+    ess: Float[Array, " P"]
+    pareto_k: Float[Array, " P"]
+    tilted_reward: Float[Array, " P"]
+    tilt_kl: Float[Array, " P"]
 
 
 def estimate(reward: Float[Array, "P N"], *, beta: float) -> PromptEstimates:

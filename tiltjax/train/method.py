@@ -102,7 +102,7 @@ class Batch:
     ref_view: View | None = None
     advantage: Float[Array, "..."] | None = None
     returns: Float[Array, "B N T H"] | None = None
-    fresh: Bool[Array, "B"] | None = None
+    fresh: Bool[Array, " B"] | None = None
 
     @property
     def ref(self) -> View:

@@ -143,7 +143,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(
-    values: Float[Array, "P"], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: Float[Array, " P"], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """Bootstrap interval of a mean over prompts (percentile method).
 

@@ -26,7 +26,7 @@ __all__ = [
     "var_objective",
 ]
 
-Kernel = Callable[[Float[Array, "B N"], Candidates], tuple[Float[Array, "B"], Mapping[str, Float[Array, "B"]]]]
+Kernel = Callable[[Float[Array, "B N"], Candidates], tuple[Float[Array, " B"], Mapping[str, Float[Array, " B"]]]]
 """``(logp, candidates) -> (loss per prompt, metrics per prompt)``."""
 
 
@@ -171,7 +171,7 @@ class VarBatch:
     candidates: Candidates
     ref_logp: Float[Array, "B N M"]
     reward: Float[Array, "B N M"]
-    own: Int[Array, "B"]
+    own: Int[Array, " B"]
 
 
 def var_objective(*, beta: float) -> Callable:
@@ -205,5 +205,5 @@ def _token_logp(params: Params, frozen: Params, batch: Candidates, temperature: 
     return model.score(batch.prompt, batch.prompt_mask, batch.completion, temperature=temperature).logp
 
 
-def _real(batch: Candidates) -> Bool[Array, "B"] | None:
+def _real(batch: Candidates) -> Bool[Array, " B"] | None:
     return None if batch.where is None else jnp.any(batch.where, axis=-1)

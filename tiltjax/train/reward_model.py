@@ -117,10 +117,10 @@ class Reading:
     """
 
     reward: Float[Array, "B N"]
-    loss: Float[Array, "B"]
-    nll: Float[Array, "B"]
-    accuracy: Float[Array, "B"]
-    where: Bool[Array, "B"]
+    loss: Float[Array, " B"]
+    nll: Float[Array, " B"]
+    accuracy: Float[Array, " B"]
+    where: Bool[Array, " B"]
 
 
 def new_model(spec: RewardSpec, backbone: Transformer) -> Transformer | RewardModel:

@@ -97,7 +97,7 @@ def make_sampler(
         model: Transformer,
         prompt: Int[Array, "B S"],
         prompt_mask: Bool[Array, "B S"],
-        index: Int[Array, "B"] | None = None,
+        index: Int[Array, " B"] | None = None,
     ) -> Decoded:
         B, N = len(prompt), num_candidates
         index = jnp.arange(B) if index is None else index
@@ -186,7 +186,7 @@ def collect(
     sampler: Callable[..., Decoded],
     pad_id: int,
     batch_size: int,
-    reward: Callable[[Int[np.ndarray, "b"], Candidates], Float[np.ndarray, "b N"]] | None = None,
+    reward: Callable[[Int[np.ndarray, " b"], Candidates], Float[np.ndarray, "b N"]] | None = None,
     buckets: int = 4,
     sharding: Sharding | None = None,
     directory: str | os.PathLike | None = None,

@@ -44,13 +44,13 @@ class Projection:
     """
 
     params: PyTree
-    logp: Float[Array, "K"]
+    logp: Float[Array, " K"]
     divergence: Float[Array, ""]
     gradient: Float[Array, ""]
 
 
 def project(
-    target_logp: Float[Array, "K"], policy_of: Callable[[PyTree], Array], start: PyTree, *, direction: str
+    target_logp: Float[Array, " K"], policy_of: Callable[[PyTree], Array], start: PyTree, *, direction: str
 ) -> Projection:
     r"""The policy of a class nearest to a target: a local minimum, found by Newton's method.
 
@@ -123,7 +123,7 @@ def memoryless_marginals(
 
 
 def memoryless_projection(
-    target_logp: Float[Array, "K"], *, vocab_size: int, direction: str, stationary: bool = False
+    target_logp: Float[Array, " K"], *, vocab_size: int, direction: str, stationary: bool = False
 ) -> Projection:
     """The nearest memoryless policy.
 
@@ -170,8 +170,8 @@ def memoryless_projection(
 
 
 def log_linear(
-    params: Float[Array, "D"], base_logp: Float[Array, "K"], features: Float[Array, "K D"]
-) -> Float[Array, "K"]:
+    params: Float[Array, " D"], base_logp: Float[Array, " K"], features: Float[Array, "K D"]
+) -> Float[Array, " K"]:
     r"""Log-probabilities of the log-linear policy :math:`\pi(y) \propto p_0(y)\, e^{f(y) \cdot \theta}`.
 
     These are the tilts of ``base`` by rewards linear in the features.

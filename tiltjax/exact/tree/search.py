@@ -125,7 +125,7 @@ def blockwise_best_of_n_law(
 def uct_search(
     key: PRNGKey,
     ref: Levels,
-    reward: Float[Array, "K"],
+    reward: Float[Array, " K"],
     *,
     num_simulations: int | Int[Array, ""],
     exploration: Numeric,
