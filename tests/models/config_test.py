@@ -203,8 +203,16 @@ def test_defaults_of_the_families_are_those_of_transformers():
     for family in FAMILIES:
         written = json.loads(AutoConfig.for_model(family).to_json_string(use_diff=False))
         bare = {k: v for k, v in written.items() if k.startswith(("num_", "n_", "hidden_size", "interm", "vocab"))}
-        keep = {"model_type": family, "max_position_embeddings": written.get("max_position_embeddings", 2048)}
-        assert config_from_hf(written) == config_from_hf(bare | keep), family
+        bare.pop("n_positions", None)
+        assert config_from_hf(written) == config_from_hf(bare | {"model_type": family}), family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_learned_positions_end_at_a_table(family):
+    name = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    written = json.loads(AutoConfig.for_model(family).to_json_string(use_diff=False)) | {name: 77}
+    config = config_from_hf(written)
+    assert (config.max_positions, config.position_table) == (77, 77 if family == "gpt2" else None)
 
 
 @pytest.mark.parametrize(

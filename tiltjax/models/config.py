@@ -42,7 +42,8 @@ class TransformerConfig:
       rope_theta: Base of the rotary angles; None means learned absolute positions.
       rotary_dim: How many of the ``head_dim`` dimensions rotate.
       rope_scaling: None, ("linear", factor), or ("llama3", factor, low, high, original_max_positions).
-      max_positions: Longest sequence the checkpoint was made for; a hard limit for learned positions.
+      max_positions: Longest sequence that the checkpoint was trained on. Learned positions end there
+        (`position_table`); rotary ones are defined beyond it, but were not trained.
       parallel_residual: Whether attention and MLP read the same input (GPT-NeoX).
       sliding_window: How many positions back a query sees (itself included); None means all.
       tied: Whether the vocabulary projection is the embedding.
@@ -90,6 +91,11 @@ class TransformerConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
 
+    @property
+    def position_table(self) -> int | None:
+        """Rows of the table of learned positions, beyond which there is no position; None where positions rotate."""
+        return self.max_positions if self.rope_theta is None else None
+
 
 def config_from_hf(hf: Mapping[str, Any]) -> TransformerConfig:
     """Reads a Hugging Face ``config.json``, in the spelling of transformers 4 or 5.
@@ -113,6 +119,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> TransformerConfig:
         return {"gpt2": _from_gpt2, "gpt_neox": _from_neox}.get(family, _from_llama_like)(hf)
     except KeyError as missing:
         raise ValueError(f"the field {missing} is missing from a {family} configuration") from None
+
+
+# Where a configuration leaves the length out, transformers means that of its family.
+_TRAINED_LENGTH = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 
 
 def _from_llama_like(hf: Mapping[str, Any]) -> TransformerConfig:
@@ -143,7 +153,7 @@ def _from_llama_like(hf: Mapping[str, Any]) -> TransformerConfig:
         rope_theta=theta,
         rotary_dim=head_dim,
         rope_scaling=scaling,
-        max_positions=hf.get("max_position_embeddings", 2048),
+        max_positions=hf.get("max_position_embeddings", _TRAINED_LENGTH[family]),
         sliding_window=_window(hf),
         tied=bool(hf.get("tie_word_embeddings", False)),
     )
