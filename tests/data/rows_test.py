@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,32 @@ def test_messages_column_by_column_and_nulls():
     }
 
 
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "default": None}}}
+
+
+@pytest.mark.robustness(
+    "Text", given="columns tools and chat_template_kwargs", outcome="kept with the row, for the chat template"
+)
+@pytest.mark.parametrize("kind", ["prompt", "supervised", "pair"])
+def test_what_the_template_is_given(kind):
+    record = {"prompt": ASK, "completion": BLUE, "chosen": BLUE, "rejected": GREEN, "tools": [TOOL]}
+    options = {"enable_thinking": False}
+    for tools, extra in (([TOOL], options), (json.dumps([TOOL]), json.dumps(options))):
+        row = lib.parse_row(record | {"tools": tools, "chat_template_kwargs": extra}, kind)
+        assert row.template == {"tools": [TOOL], "enable_thinking": False}
+        assert (row.columns["tools"], row.columns["chat_template_kwargs"]) == ([TOOL], options)
+    for none in (None, "", []):
+        assert lib.parse_row(record | {"tools": none, "chat_template_kwargs": {}}, kind).template == {}
+    assert lib.PromptRow(ASK, {}).template == {}
+
+
+def test_a_place_is_no_part_of_what_a_row_says():
+    here, there = (lib.parse_row({"prompt": "p"}, "prompt", place=place) for place in ("a.jsonl:1", "b.jsonl:2"))
+    assert here == there
+    assert repr(here) == repr(there) == repr(lib.PromptRow("p", {}))
+    assert here.place == "a.jsonl:1"
+
+
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 RANKED = {"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 2.0]}
 BAD = [
@@ -123,6 +151,15 @@ BAD = [
     ("prompt", {"prompt": [{"role": "user"}]}, "prompt[0] must have a text as content, got null"),
     ("prompt", {"prompt": [{"role": "user", "content": [1]}]}, "prompt[0] must have a text as content, got a list"),
     ("prompt", {"prompt": {"role": ["user"], "content": []}}, "prompt has columns of unequal lengths"),
+    ("prompt", {"prompt": ASK, "tools": {}}, "tools must be a list, got an object"),
+    ("prompt", {"prompt": ASK, "tools": "weather"}, "tools is a text, but not JSON: Expecting value"),
+    ("prompt", {"prompt": ASK, "tools": [TOOL, "clock"]}, "tools[1] must be an object, got a text"),
+    ("prompt", {"prompt": ASK, "chat_template_kwargs": [1]}, "chat_template_kwargs must be an object, got a list"),
+    (
+        "prompt",
+        {"prompt": ASK, "chat_template_kwargs": {"tokenize": 1}},
+        "chat_template_kwargs must not set 'tokenize'",
+    ),
     ("supervised", {"prompt": "p"}, "no column 'completion'; columns: prompt"),
     ("supervised", {"prompt": "p", "completion": BLUE}, "completion is a conversation but prompt is a text"),
     ("supervised", {"prompt": ASK, "completion": ASK}, "completion must begin with a message of the assistant"),

@@ -53,7 +53,7 @@ def read(source: str | os.PathLike, kind: str, *, split: str | None = None, limi
     records = _read_tfds(source, split) if source.startswith("tfds:") else _read_files(source, split)
     for place, record in tqdm(itertools.islice(records, limit), desc=source, unit=" rows", delay=2, disable=None):
         try:
-            rows.append(parse_row(record, kind))
+            rows.append(parse_row(record, kind, place=place))
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
     if not rows:

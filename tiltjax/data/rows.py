@@ -9,10 +9,13 @@ The columns are the ones that TRL reads, standard (text) or conversational (list
     unpaired      prompt, completion, label (true or false)
     ranked        prompt, completions, rewards (one number per completion, higher is better)
 
-Other columns ride along.
+Other columns ride along. Two of them change what a conversation becomes: ``tools`` (JSON schemas) and
+``chat_template_kwargs`` (an object), each as it is or as JSON text; `Row.template` is what the chat template is given.
 """
 
+import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,37 +32,61 @@ KINDS = ("pair", "prompt", "ranked", "supervised", "unpaired")
 ROLES = ("assistant", "developer", "system", "tool", "user")
 """Who can say a message."""
 
+_OURS = ("add_generation_prompt", "continue_final_message", "conversation", "messages", "tokenize", "tools")
+"""Options of a chat template that the library sets itself."""
+
+
+class _Template:
+    """What every kind of row has beside its texts."""
+
+    columns: dict[str, Any]
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """What the chat template is given beside the messages: ``tools`` and what ``chat_template_kwargs`` holds."""
+        tools = {"tools": self.columns["tools"]} if self.columns.get("tools") else {}
+        return tools | (self.columns.get("chat_template_kwargs") or {})
+
+
+def _place() -> Any:
+    # Where a row stands is no part of what it says: rows of a moved file are equal, and print alike.
+    return dataclasses.field(default="", repr=False, compare=False)
+
 
 @dataclass(frozen=True)
-class PromptRow:
+class PromptRow(_Template):
     """A prompt to complete.
 
     Attributes:
       prompt: Text or conversation.
       columns: Every other column, such as the right answer.
+      place: Where it was read: file and line.
     """
 
     prompt: Text
     columns: dict[str, Any]
+    place: str = _place()
 
 
 @dataclass(frozen=True)
-class SupervisedRow:
+class SupervisedRow(_Template):
     """A prompt and the completion to imitate.
 
     Attributes:
       prompt: Text or conversation; the empty text where the data had none.
       completion: Text or conversation.
       columns: Every other column.
+      place: Where it was read: file and line.
     """
 
     prompt: Text
     completion: Text
     columns: dict[str, Any]
+    place: str = _place()
 
 
 @dataclass(frozen=True)
-class PairRow:
+class PairRow(_Template):
     """A prompt and two completions, one of them preferred.
 
     Attributes:
@@ -67,16 +94,18 @@ class PairRow:
       chosen: The preferred completion, without the prompt.
       rejected: The other one, without the prompt.
       columns: Every other column.
+      place: Where it was read: file and line.
     """
 
     prompt: Text
     chosen: Text
     rejected: Text
     columns: dict[str, Any]
+    place: str = _place()
 
 
 @dataclass(frozen=True)
-class UnpairedRow:
+class UnpairedRow(_Template):
     """A prompt and a completion that was judged alone.
 
     Attributes:
@@ -84,16 +113,18 @@ class UnpairedRow:
       completion: Text or conversation.
       label: True if it is wanted.
       columns: Every other column.
+      place: Where it was read: file and line.
     """
 
     prompt: Text
     completion: Text
     label: bool
     columns: dict[str, Any]
+    place: str = _place()
 
 
 @dataclass(frozen=True)
-class RankedRow:
+class RankedRow(_Template):
     """A prompt and N completions with a reward each.
 
     Attributes:
@@ -101,23 +132,26 @@ class RankedRow:
       completions: N texts or conversations.
       rewards: N finite numbers, higher is better.
       columns: Every other column.
+      place: Where it was read: file and line.
     """
 
     prompt: Text
     completions: list[Text]
     rewards: list[float]
     columns: dict[str, Any]
+    place: str = _place()
 
 
 Row = PromptRow | SupervisedRow | PairRow | UnpairedRow | RankedRow
 
 
-def parse_row(record: Any, kind: str) -> Row:
+def parse_row(record: Any, kind: str, *, place: str = "") -> Row:
     """Checks one record and takes its prompt and completions out of its columns.
 
     Args:
       record: Column names and plain Python values.
       kind: One of `KINDS`.
+      place: Where it was read, kept with the row.
 
     Returns:
       The row; columns that its kind does not use are in ``columns``.
@@ -133,10 +167,35 @@ def parse_row(record: Any, kind: str) -> Row:
     check_choice("kind", kind, KINDS)
     if not isinstance(record, dict):
         raise ValueError(f"a row must be an object, got {_kind_of(record)}")
+    columns = _with_template(dict(record))
     try:
-        return _PARSERS[kind](dict(record))
+        return dataclasses.replace(_PARSERS[kind](columns), place=place)
     except KeyError as missing:
         raise ValueError(f"no column {missing}; columns: {', '.join(record) or 'none'}") from None
+
+
+def _with_template(columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns with ``tools`` and ``chat_template_kwargs`` as lists and objects, and without those that are null."""
+    for name, form in (("tools", list), ("chat_template_kwargs", dict)):
+        value = columns.get(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value or "null")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name} is a text, but not JSON: {error}") from None
+        if value is None:
+            columns.pop(name, None)
+            continue
+        if not isinstance(value, form):
+            raise ValueError(f"{name} must be {_NAMES[form]}, got {_kind_of(value)}")
+        columns[name] = value
+    for i, tool in enumerate(columns.get("tools", [])):
+        if not isinstance(tool, dict):
+            raise ValueError(f"tools[{i}] must be an object, got {_kind_of(tool)}")
+    for option in _OURS:
+        if option in columns.get("chat_template_kwargs", {}):
+            raise ValueError(f"chat_template_kwargs must not set {option!r}: the library does")
+    return columns
 
 
 def _parse_prompt(columns: dict[str, Any]) -> PromptRow:
@@ -278,7 +337,9 @@ def _split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     return chosen[:size], chosen[size:], rejected[size:]
 
 
+_NAMES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a text"}
+_NAMES |= {list: "a list", dict: "an object", bytes: "bytes"}
+
+
 def _kind_of(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a text"}
-    names |= {list: "a list", dict: "an object", bytes: "bytes"}
-    return names.get(type(value), type(value).__name__)
+    return _NAMES.get(type(value), type(value).__name__)
