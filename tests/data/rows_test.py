@@ -69,15 +69,28 @@ def test_implicit_prompt_and_completions_join_to_the_texts():
     rng = np.random.default_rng(0)
     parsed = 0
     for _ in range(300):
-        chosen, rejected = ("a" + "".join(rng.choice(list("ab "), 6)) for _ in range(2))
+        chosen, rejected = ("a " + "".join(rng.choice(list("ab \n"), 6)) for _ in range(2))
         if chosen == rejected:
             continue
         row = lib.parse_row({"chosen": chosen, "rejected": rejected}, "pair")
         assert (row.prompt + row.chosen, row.prompt + row.rejected) == (chosen, rejected)
-        shared = next(i for i in range(8) if chosen[:i] != rejected[:i]) - 1
-        assert len(row.prompt) == shared - (chosen[shared - 1] == " ")
+        for completion in (row.chosen, row.rejected):
+            assert row.prompt[-1:].isspace() or completion[:1] in ("", " ", "\n"), "a word is cut in two"
         parsed += 1
     assert parsed > 200
+
+
+@pytest.mark.robustness("Data", given="a column margin beside a pair", outcome="kept as the margin of the pair")
+@pytest.mark.robustness(
+    "Data", given="scores beside a pair", outcome="they ride along; refused where the rejected one has the higher"
+)
+def test_margin_and_scores_of_a_pair():
+    scores = {"score_chosen": 7.5, "score_rejected": 7.5}
+    row = lib.parse_row(PAIR | scores | {"margin": 2}, "pair")
+    assert row == lib.PairRow("p", "a", "b", scores, margin=2.0)
+    assert (
+        lib.parse_row(PAIR | {"margin": None}, "pair") == lib.parse_row(PAIR, "pair") == lib.PairRow("p", "a", "b", {})
+    )
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -173,6 +186,21 @@ BAD = [
     ("pair", {"prompt": "p", "chosen": "a"}, "no column 'rejected'; columns: prompt, chosen"),
     ("pair", {"chosen": "a", "rejected": "b"}, "no prompt: chosen and rejected do not begin alike"),
     ("pair", {"chosen": " a", "rejected": " b"}, "no prompt: chosen and rejected do not begin alike"),
+    (
+        "pair",
+        {"chosen": "blue", "rejected": "black"},
+        "no prompt: chosen and rejected do not begin alike, word by word",
+    ),
+    (
+        "pair",
+        {"chosen": "\n\nHuman: a b\n\nAssistant: c", "rejected": "\n\nHuman: a d\n\nAssistant: c"},
+        "no prompt: chosen and rejected part in a turn that is not the assistant's",
+    ),
+    ("pair", PAIR | {"margin": "1"}, "margin must be a number, got a text"),
+    ("pair", PAIR | {"margin": float("nan")}, "margin must be finite, got nan"),
+    ("pair", PAIR | {"margin": -0.5}, "margin must be at least 0, got -0.5"),
+    ("pair", PAIR | {"score_chosen": 2, "score_rejected": 7.5}, "score_chosen = 2 is below score_rejected = 7.5"),
+    ("pair", PAIR | {"chosen_score": "x", "rejected_score": 1}, "chosen_score must be a number, got a text"),
     ("pair", {"chosen": BLUE, "rejected": GREEN}, "no prompt: chosen and rejected do not begin alike"),
     (
         "pair",

@@ -65,6 +65,23 @@ class Said:
         return self.last()[..., 0]
 
 
+@pytest.mark.parametrize("kind", ["global", "preference", "local"])
+def test_a_margin_moves_the_loss_of_the_kinds_that_take_one(kind):
+    margin = np.abs(RNG.normal(size=PAIR_WHERE.shape)).astype(np.float32)
+    batch, model = labelled(), Said(kind)
+    plain, out = (read(spec_of(kind), model, b) for b in (batch, dataclasses.replace(batch, margin=margin)))
+    np.testing.assert_array_equal(out.nll, plain.nll)
+    if kind == "local":
+        np.testing.assert_array_equal(out.loss, plain.loss)
+        return
+    if kind == "global":
+        lead = np.subtract(*chosen_and_rejected(np.asarray(out.reward, np.float64)))
+    else:
+        logits = preference_logits(model.last())
+        lead = np.asarray(logits)[np.arange(B)[:, None], PAIR[..., 0], PAIR[..., 1]]
+    np.testing.assert_allclose(out.loss, mean(-log_sigmoid(lead - margin), PAIR_WHERE), rtol=1e-5)
+
+
 def log_sigmoid(x):
     return -np.logaddexp(0, -np.asarray(x, np.float64))
 

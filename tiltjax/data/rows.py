@@ -5,22 +5,27 @@ The columns are the ones that TRL reads, standard (text) or conversational (list
     kind          columns
     prompt        prompt
     supervised    prompt, completion; or messages (the last turn is the completion); or text (the prompt is empty)
-    pair          prompt, chosen, rejected; or chosen, rejected that begin with the same prompt
+    pair          prompt, chosen, rejected; or chosen, rejected that begin with the same prompt; margin, if it is there
     unpaired      prompt, completion, label (true or false)
     ranked        prompt, completions, rewards (one number per completion, higher is better)
+
+Texts without a column for their prompt are cut as `tiltjax.data.shared_prompt` says. A margin is a number >= 0, by how
+much the chosen completion should lead, reward units. It is never made of the scores that some data have beside the
+completions (``score_chosen``, ``score_rejected``, ``chosen_score``, ``rejected_score``), but scores that contradict the
+choice are refused.
 
 Other columns ride along. Two of them change what a conversation becomes: ``tools`` (JSON schemas) and
 ``chat_template_kwargs`` (an object), each as it is or as JSON text; `Row.template` is what the chat template is given.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tiltjax.data import shared_prompt
 from tiltjax.data.text import Text
 from tiltjax.ops.checks import check_choice
 
@@ -94,6 +99,7 @@ class PairRow(_Template):
       chosen: The preferred completion, without the prompt.
       rejected: The other one, without the prompt.
       columns: Every other column.
+      margin: By how much the chosen one should lead, >= 0, reward units; None where the data does not say.
       place: Where it was read: file and line.
     """
 
@@ -101,6 +107,7 @@ class PairRow(_Template):
     chosen: Text
     rejected: Text
     columns: dict[str, Any]
+    margin: float | None = None
     place: str = _place()
 
 
@@ -228,7 +235,21 @@ def _parse_pair(columns: dict[str, Any]) -> PairRow:
         prompt, chosen, rejected = _split_prompt(chosen, rejected)
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         _check_completion(name, completion, prompt)
-    return PairRow(prompt, chosen, rejected, columns)
+    _check_scores(columns)
+    margin = columns.pop("margin", None)
+    if margin is not None and _number("margin", margin) < 0:
+        raise ValueError(f"margin must be at least 0, got {margin}: the chosen completion leads")
+    return PairRow(prompt, chosen, rejected, columns, margin=None if margin is None else float(margin))
+
+
+def _check_scores(columns: dict[str, Any]) -> None:
+    for names in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):
+        scores = [columns.get(name) for name in names]
+        if None in scores:
+            continue
+        high, low = (_number(name, score) for name, score in zip(names, scores, strict=True))
+        if high < low:
+            raise ValueError(f"{names[0]} = {high:g} is below {names[1]} = {low:g}: the pair is the wrong way round")
 
 
 def _parse_unpaired(columns: dict[str, Any]) -> UnpairedRow:
@@ -326,13 +347,13 @@ def _number(name: str, value: Any) -> float:
 
 
 def _split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    if isinstance(chosen, str) is not isinstance(rejected, str):
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return shared_prompt.split(chosen, rejected)
+    if isinstance(chosen, str) or isinstance(rejected, str):
         raise ValueError("chosen and rejected must both be texts or both be conversations")
-    alike = (a == b for a, b in zip(chosen, rejected, strict=False))
-    size = sum(1 for _ in itertools.takewhile(bool, alike))
-    if isinstance(chosen, str) and chosen[:size].endswith(" "):
-        size -= 1  # the space before a word belongs to the word
-    if not chosen[:size] or (isinstance(chosen, str) and not chosen[:size].strip()):
+    size = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    size = min(len(chosen), len(rejected)) if size is None else size
+    if not size:
         raise ValueError("no prompt: chosen and rejected do not begin alike")
     return chosen[:size], chosen[size:], rejected[size:]
 

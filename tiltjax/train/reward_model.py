@@ -35,6 +35,7 @@ __all__ = [
     "AGGREGATES",
     "KINDS",
     "LIKELIHOOD",
+    "WITH_MARGIN",
     "Labelled",
     "Reading",
     "RewardSpec",
@@ -54,6 +55,9 @@ LIKELIHOOD = ("local", "dpo")
 
 AGGREGATES = ("last", "min", "mean")
 """How the scores of steps become one."""
+
+WITH_MARGIN = ("global", "preference")
+"""Kinds whose loss takes a margin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Labelled:
       pair: Comparisons: places in ``[0, N)`` of the chosen and of the rejected one, ``[B, P, 2]``.
       pair_where: True for real comparisons, ``[B, P]``.
       label: Whether a completion is right (of kind "cost": harmful), ``[B, N]``.
+      margin: Of kinds "global" and "preference": by how much the chosen one of a comparison should lead, >= 0, reward
+        units, ``[B, P]``. None is 0.
       step_label: 1 or 0 where a good or a bad step ends, -100 elsewhere, ``[B, N, T]``.
     """
 
@@ -101,6 +107,7 @@ class Labelled:
     pair: Int[Array, "B P 2"] | None = None
     pair_where: Bool[Array, "B P"] | None = None
     label: Bool[Array, "B N"] | None = None
+    margin: Float[Array, "B P"] | None = None
     step_label: Int[Array, "B N T"] | None = None
 
 
@@ -111,7 +118,7 @@ class Reading:
     Attributes:
       reward: Higher is better, the offset not subtracted, ``[B, N]``.
       loss: What is trained, per prompt, nats, ``[B]``.
-      nll: Of the labels of the kind, per label, nats, ``[B]``; without centring.
+      nll: Of the labels of the kind, per label, nats, ``[B]``; without centring and margin.
       accuracy: Share of labels that the model would have given, ties counted as wrong, ``[B]``.
       where: True for prompts that have a label, ``[B]``.
     """
@@ -214,8 +221,10 @@ def read(spec: RewardSpec, model: Any, batch: Labelled, *, centring: float = 0.0
     both = jnp.stack([real, real], axis=-1)
     if spec.kind == "preference":
         logits = jax.vmap(lambda x, at: x[at[:, 0], at[:, 1]])(preference_logits(outputs), pair)
-        loss = reward_model.bradley_terry_loss(jnp.stack([logits, jnp.zeros_like(logits)], axis=-1), where=both)
-        return _reading(reward, loss, loss, as_float(logits > 0), real)
+        against = jnp.stack([logits, jnp.zeros_like(logits)], axis=-1)
+        nll = reward_model.bradley_terry_loss(against, where=both)
+        loss = reward_model.bradley_terry_loss(against, margin=batch.margin, where=both)
+        return _reading(reward, loss, nll, as_float(logits > 0), real)
     chosen = jax.vmap(lambda x, at: x[at])(outputs, pair)
     rewards = jax.vmap(lambda x, at: x[at])(reward, pair)
     nll = reward_model.bradley_terry_loss(rewards, where=both)
@@ -228,7 +237,7 @@ def read(spec: RewardSpec, model: Any, batch: Labelled, *, centring: float = 0.0
         harmful = jax.vmap(lambda x, at: x[at])(_given(spec, "label", batch.label), pair)
         loss = reward_model.cost_model_loss(chosen, harmful, where=both)
     else:
-        loss = reward_model.bradley_terry_loss(chosen, centring=centring, where=both)
+        loss = reward_model.bradley_terry_loss(chosen, margin=batch.margin, centring=centring, where=both)
     return _reading(reward, loss, nll, as_float(rewards[..., 0] > rewards[..., 1]), real)
 
 
