@@ -146,7 +146,7 @@ def _drawing(
     corpus = np.array([source == "corpus" for source, num in record.draw for _ in range(num)])
     write = model_sample(
         max_tokens=config.max_tokens,
-        eos_id=text.eos_id(world.tokenizer),
+        eos_id=text.end_ids(world.tokenizer),
         pad_id=text.pad_id(world.tokenizer),
         mixture=record.mixture,
         slots=None if config.sample_batch >= B else config.sample_batch * record.num_candidates,

@@ -200,7 +200,7 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     sampler = make_sampler(
         num_candidates=config.num_candidates,
         max_tokens=config.max_tokens,
-        eos_id=text.eos_id(tokenizer),
+        eos_id=text.end_ids(tokenizer),
         pad_id=text.pad_id(tokenizer),
         slots=config.sample_batch * config.num_candidates,
         mesh=mesh,

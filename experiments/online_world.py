@@ -87,7 +87,7 @@ def make_bench(name: str, config: AlignConfig, directory: pathlib.Path, *, gold:
     world = prepare(config, directory)
     alone = None
     if not gold:
-        ends: dict[str, Any] = {"eos_id": text.eos_id(world.tokenizer), "pad_id": text.pad_id(world.tokenizer)}
+        ends: dict[str, Any] = {"eos_id": text.end_ids(world.tokenizer), "pad_id": text.pad_id(world.tokenizer)}
         sampler = make_sampler(num_candidates=1, max_tokens=config.max_tokens, temperature=0.0, **ends)
         alone = dataclasses.replace(world, sampler=sampler)
     return Bench(name=name, world=world, greedy=alone, gold=independent)

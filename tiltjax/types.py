@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key, PyTree
+from jaxtyping import Bool, Float, Int, Key, PyTree, UInt8
 
 __all__ = [
     "Array",
@@ -24,6 +24,7 @@ __all__ = [
     "Params",
     "PyTree",
     "Reward",
+    "UInt8",
 ]
 
 # A kernel takes NumPy arrays as they are. Ranks, shapes and types of arrays are checked by jaxtyping when the tests

@@ -199,6 +199,44 @@ class ChooseTest(chex.TestCase):
         assert isinstance(out.completion, np.ndarray)
 
 
+LOSS_MASK = [[[True, True], [False, True, False]], [[True]], [[False, False], [True], [True, False, False, True]]]
+
+
+def test_a_loss_mask_stays_with_its_tokens(tmp_path):
+    masked = lib.from_tokens(PROMPTS, GROUPS, pad_id=0, loss_mask=LOSS_MASK)
+
+    def kept(batch):
+        pairs = [(batch.completion[b, n], batch.loss_mask[b, n]) for b, n in np.ndindex(batch.completion.shape[:2])]
+        return [tokens[mask].tolist() for tokens, mask in pairs]
+
+    assert kept(masked) == [[1, 2], [4], [], [2], [], [], [], [2], [9, 2]]
+    support = np.arange(masked.completion.size, dtype=np.uint8).reshape(*masked.completion.shape, 1)
+    masked = masked.replace(support=support)
+    assert kept(lib.take(masked, [2])) == kept(lib.trim(lib.take(masked, [2]), 2, 4)) == [[], [2], [9, 2]]
+    assert kept(lib.select(masked, np.array([[1], [0], [2]]))) == [[4], [2], [9, 2]]
+    np.testing.assert_array_equal(lib.trim(masked, 3, 2).support, support[:, :, :2])
+    lib.save(tmp_path / "b.npz", masked)
+    chex.assert_trees_all_equal(lib.load(tmp_path / "b.npz"), masked)
+    # Beside a batch that is learned from throughout, and one that no filter drew.
+    both = lib.concatenate([lib.from_tokens(PROMPTS[:1], GROUPS[:1], pad_id=0), lib.take(masked, [0])])
+    assert kept(both) == [[1, 2], [3, 4, 2], [], [1, 2], [4], []]
+    assert (both.support[0, 0, 0, 0], both.support[1, 0, 1, 0]) == (255, 1)
+    cut = lib.from_tokens(PROMPTS, GROUPS, pad_id=0, loss_mask=LOSS_MASK, completion_length=2, truncate=True)
+    assert kept(cut)[-1] == [9]
+
+
+def test_what_is_learned_from_and_what_a_completion_is_seen_by():
+    plain, masked = (lib.from_tokens(PROMPTS, GROUPS, pad_id=0, loss_mask=m) for m in (None, LOSS_MASK))
+    assert lib.token_mask(plain) is plain.completion_mask
+    assert lib.learned(plain) is plain.where
+    np.testing.assert_array_equal(lib.token_mask(masked).sum(-1), [[2, 1, 0], [1, 0, 0], [2, 1, 2]])
+    np.testing.assert_array_equal(lib.learned(masked), [[1, 1, 0], [1, 0, 0], [0, 1, 1]])
+    assert lib.from_tokens([[5]], [[[7, 2]]], pad_id=0, loss_mask=[[[True, True]]]).loss_mask is None
+    for bad, message in ((LOSS_MASK[:1], "loss_mask must be as many as completions"), ([[[True]]], r"loss_mask\[0\]")):
+        with pytest.raises(ValueError, match=message):
+            lib.from_tokens(PROMPTS[: len(bad[0])], GROUPS[:1] * len(bad[0]), pad_id=0, loss_mask=bad)
+
+
 class ConcatenateTest(chex.TestCase):
     def test_different_sizes(self):
         parts = [lib.from_tokens(PROMPTS[i : i + 1], GROUPS[i : i + 1], pad_id=0) for i in range(3)]

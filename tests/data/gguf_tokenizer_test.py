@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tiltjax.data.gguf_tokenizer import PRE_TOKENIZERS, gguf_tokenizer
+from tiltjax.data.text import end_ids
 
 STRING = "I'LL pay 12345 dollars!!\n\n ok"
 
@@ -27,7 +28,8 @@ def write(byte_vocab, tmp_path):
         writer.add_eos_token_id(257)
         writer.add_chat_template("{{ messages[0].content }}")
         for name, value in flags.items():
-            writer.add_bool(f"tokenizer.ggml.{name}", value)
+            add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
+            add(f"tokenizer.ggml.{name}", value)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -35,6 +37,11 @@ def write(byte_vocab, tmp_path):
         return path
 
     return write
+
+
+def test_every_end_that_the_file_names(write):
+    assert end_ids(gguf_tokenizer(write())) == (257,)
+    assert end_ids(gguf_tokenizer(write(eot_token_id=258, eom_token_id=0))) == (257, 258, 0)
 
 
 def test_bytes_merges_and_special_tokens(write):

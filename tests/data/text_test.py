@@ -1,4 +1,6 @@
 import importlib.util
+import json
+import pathlib
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tiltjax.data import text as lib
 
+CASES = pathlib.Path(__file__).parents[1] / "cases"
 BOS, EOS, TURN = 256, 257, 258
 SKY = [{"role": "user", "content": "What color is the sky?"}]
 BLUE = [{"role": "assistant", "content": "It is blue."}]
@@ -201,6 +204,56 @@ class TestLoad:
             "print(sorted(heavy & set(sys.modules)))"
         )
         assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.robustness(
+    "Tokens",
+    given="a chat model whose turns end in another token than its tokenizer's EOS",
+    outcome="a completion ends at any end that generation_config.json, config.json or the tokenizer names",
+)
+def test_a_turn_ends_as_the_files_of_the_model_say():
+    tokenizer = lib.load_tokenizer(CASES / "turn-end-token" / "policy")
+    text_end, turn_end = 256, 258
+    a, blue = (tokenizer.encode(said, add_special_tokens=False) for said in ("a", "It is blue."))
+    assert (lib.end_ids(tokenizer), lib.eos_id(tokenizer)) == ((text_end, turn_end), text_end)
+    # A turn ends once, as the template ends it; so does a bare text that answers a conversation.
+    turn, bare = lib.encode_completions(tokenizer, [BLUE, "It is blue."], prompts=[SKY, SKY])
+    assert turn == bare == [*blue, turn_end]
+    assert lib.encode_completions(tokenizer, ["a", "a<|im_end|>"]) == [[*a, text_end], [*a, turn_end]]
+    assert lib.encode_completions(tokenizer, [BLUE], prompts=[SKY], eos=False) == [blue]
+    ids = np.array([[[*a, turn_end], [*a, text_end]]])
+    assert lib.decode_completions(tokenizer, ids, np.ones(ids.shape, bool)) == [["a", "a"]]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        ({"eos_token_id": [TURN, EOS]}, {"eos_token_id": BOS}, (EOS, TURN, BOS)),
+        ({"eos_token_id": 0}, None, (EOS, 0)),
+        (None, {"text_config": {"eos_token_id": TURN}, "eos_token_id": None}, (EOS,)),
+        (None, {"text_config": {"eos_token_id": TURN}}, (EOS, TURN)),
+        ({}, {"eos_token_id": None}, (EOS,)),
+    ],
+)
+def test_ends_of_every_file(make_tokenizer, tmp_path, generation, config, ends):
+    make_tokenizer().save_pretrained(tmp_path)
+    for name, facts in (("generation_config.json", generation), ("config.json", config)):
+        if facts is not None:
+            (tmp_path / name).write_text(json.dumps(facts))
+    assert lib.end_ids(lib.load_tokenizer(tmp_path)) == ends
+
+
+@pytest.mark.robustness(
+    "Tokens",
+    given="an end in generation_config.json that is no token id",
+    outcome="one line with the file and the value",
+)
+@pytest.mark.parametrize("said", ["</s>", [2, "</s>"], True, -1, 1.5, {"id": 2}])
+def test_an_end_that_is_no_id_is_refused(make_tokenizer, tmp_path, said):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id must be a token id or a list of them"):
+        lib.load_tokenizer(tmp_path)
 
 
 def test_smollm2_is_found_without_being_imported(monkeypatch):

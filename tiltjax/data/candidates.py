@@ -19,14 +19,16 @@ import jax
 import numpy as np
 
 from tiltjax.ops.checks import check_at_least, check_choice
-from tiltjax.types import Array, Bool, Float, Int
+from tiltjax.types import Array, Bool, Float, Int, UInt8
 
 __all__ = [
     "Candidates",
     "Tokens",
+    "alike",
     "bucket_length",
     "concatenate",
     "from_tokens",
+    "learned",
     "lengths",
     "load",
     "pad",
@@ -35,6 +37,7 @@ __all__ = [
     "select",
     "supervised",
     "take",
+    "token_mask",
     "trim",
 ]
 
@@ -53,8 +56,13 @@ class Candidates:
       completion_mask: True on real tokens up to and including EOS, ``[B, N, T]``.
       reward: Higher is better, reward units, ``[B, N]``; None where there is none.
       ref_logp: Log-probability of the whole completion under the reference, nats, ``[B, N]``; None until computed.
-      old_token_logp: Log-probability of every token under the policy that drew it, nats, ``[B, N, T]``; None offline.
+      old_token_logp: Log-probability of every token under the law that drew it (temperature, top-k and top-p
+        applied), nats, ``[B, N, T]``; None offline.
       where: True for real candidates, ``[B, N]``; None means all.
+      loss_mask: True on the completion tokens that are learned from, ``[B, N, T]``: a tool's answer is read and not
+        learned from. None means all of ``completion_mask``. See `token_mask` and `learned`.
+      support: Which tokens of the vocabulary the filters (top-k, top-p) left to the law that drew each token, one bit
+        a token, the lowest first, ``[B, N, T, ceil(V / 8)]``, uint8. None means all of them.
     """
 
     prompt: Int[Array, "B S"]
@@ -65,6 +73,8 @@ class Candidates:
     ref_logp: Float[Array, "B N"] | None = None
     old_token_logp: Float[Array, "B N T"] | None = None
     where: Bool[Array, "B N"] | None = None
+    loss_mask: Bool[Array, "B N T"] | None = None
+    support: UInt8[Array, "B N T bytes"] | None = None
 
 
 _FIELDS = tuple(Candidates.__annotations__)
@@ -131,6 +141,7 @@ def from_tokens(
     completion_length: int | None = None,
     truncate: bool = False,
     reward: Sequence[Sequence[float | int] | Float[Array, " _"]] | Float[Array, "B N"] | None = None,
+    loss_mask: Sequence[Sequence[Sequence[bool]]] | None = None,
 ) -> Candidates:
     """Pads prompts and any number of completions of each into one batch.
 
@@ -143,9 +154,10 @@ def from_tokens(
       completion_length: T; None takes the longest.
       truncate: Whether a prompt may lose its start and a completion its end to fit; else too long a one is refused.
       reward: One finite number per completion, reward units.
+      loss_mask: One bool per token of every completion, True on those that are learned from; None means all.
 
     Returns:
-      `Candidates` of NumPy arrays.
+      `Candidates` of NumPy arrays; ``loss_mask`` is None where every token is learned from.
 
     Raises:
       ValueError: If numbers disagree, a prompt is empty, a sequence is too long or a reward is not finite.
@@ -174,6 +186,7 @@ def from_tokens(
     batch["completion_mask"] = np.zeros(batch["completion"].shape, bool)
     batch["completion"][where], batch["completion_mask"][where] = real, real_mask
     batch["reward"] = None if reward is None else _rewards(reward, counts, where)
+    batch["loss_mask"] = None if loss_mask is None else _loss_mask(loss_mask, completions, where, batch)
     batch["where"] = None if where.all() else where
     return Candidates(**batch)
 
@@ -186,6 +199,7 @@ def supervised(
     prompt_length: int | None = None,
     completion_length: int | None = None,
     truncate: bool = False,
+    loss_mask: Sequence[Sequence[bool]] | None = None,
 ) -> Candidates:
     """One completion per prompt, N = 1; see `from_tokens`."""
     return from_tokens(
@@ -195,6 +209,7 @@ def supervised(
         prompt_length=prompt_length,
         completion_length=completion_length,
         truncate=truncate,
+        loss_mask=None if loss_mask is None else [[one] for one in loss_mask],
     )
 
 
@@ -223,6 +238,49 @@ def pairs(
         completion_length=completion_length,
         truncate=truncate,
     )
+
+
+def token_mask(candidates: Candidates) -> Bool[Array, "B N T"]:
+    """The tokens whose log-probabilities make up that of a completion: those that are learned from.
+
+    A completion without any, one that is masked out of the loss as a whole (`learned`), is seen whole: labels and
+    advantages that read it are those of the completion that was drawn.
+
+    Args:
+      candidates: NumPy or JAX.
+
+    Returns:
+      ``completion_mask & loss_mask``, or ``completion_mask`` where that is False throughout a completion.
+
+    Example:
+      >>> batch = supervised([[5]], [[7, 8, 2]], pad_id=0, loss_mask=[[True, False, True]])
+      >>> token_mask(batch).tolist()
+      [[[True, False, True]]]
+    """
+    if candidates.loss_mask is None:
+        return candidates.completion_mask
+    mask = candidates.completion_mask & candidates.loss_mask
+    return mask | (candidates.completion_mask & ~mask.any(axis=-1, keepdims=True))
+
+
+def learned(candidates: Candidates) -> Bool[Array, "B N"] | None:
+    """The candidates that count in a loss: the real ones with a token to learn from.
+
+    Args:
+      candidates: NumPy or JAX.
+
+    Returns:
+      What ``where`` is in a loss; None means all, as there.
+
+    Example:
+      >>> batch = from_tokens([[5]], [[[7, 2], [8, 9]]], pad_id=0, loss_mask=[[[True, True], [False, False]]])
+      >>> learned(batch).tolist()
+      [[True, False]]
+    """
+    if candidates.loss_mask is None:
+        return candidates.where
+    some = (candidates.completion_mask & candidates.loss_mask).any(axis=-1)
+    return some if candidates.where is None else candidates.where & some
 
 
 def take(candidates: Candidates, indices: Sequence[int] | slice | Int[Array, " K"]) -> Candidates:
@@ -273,8 +331,8 @@ def trim(candidates: Candidates, prompt_length: int, completion_length: int) -> 
       ((1, 2), (1, 1, 3))
     """
     prompts = {name: getattr(candidates, name)[:, :prompt_length] for name in ("prompt", "prompt_mask")}
-    names = ("completion", "completion_mask", "old_token_logp")
-    tokens = {name: x[..., :completion_length] for name, x in _given(candidates).items() if name in names}
+    names = ("completion", "completion_mask", "old_token_logp", "loss_mask", "support")
+    tokens = {name: x[:, :, :completion_length] for name, x in _given(candidates).items() if name in names}
     return dataclasses.replace(candidates, **prompts, **tokens)
 
 
@@ -309,7 +367,8 @@ def concatenate(batches: Sequence[Candidates]) -> Candidates:
     What is added is token 0 and mask False (for a candidate, ``where`` False).
 
     Args:
-      batches: At least one; ``reward``, ``ref_logp`` and ``old_token_logp`` are in all of them or in none.
+      batches: At least one; ``reward``, ``ref_logp`` and ``old_token_logp`` are in all of them or in none. A batch
+        without a ``loss_mask`` or ``support`` that others have is learned from, or was drawn, without one.
 
     Returns:
       `Candidates` of NumPy arrays.
@@ -319,7 +378,7 @@ def concatenate(batches: Sequence[Candidates]) -> Candidates:
     """
     if not batches:
         raise ValueError("batches is empty: nothing to concatenate")
-    parts = [_given(batch) for batch in batches]
+    parts = [_given(batch) for batch in alike(batches)]
     for name in _FIELDS:
         have = [name in part for part in parts]
         if name != "where" and any(have) and not all(have):
@@ -328,6 +387,29 @@ def concatenate(batches: Sequence[Candidates]) -> Candidates:
         parts = [{"where": np.ones(part["completion"].shape[:2], bool)} | part for part in parts]
     joined: dict[str, Any] = {name: _stack([np.asarray(part[name]) for part in parts]) for name in parts[0]}
     return Candidates(**joined)
+
+
+def alike(batches: Sequence[Candidates]) -> list[Candidates]:
+    """The batches, each with a ``loss_mask`` and a ``support`` where one of them has it.
+
+    Args:
+      batches: Any.
+
+    Returns:
+      The same, with fields that say what None says.
+    """
+    masked = any(batch.loss_mask is not None for batch in batches)
+    sizes = {batch.support.shape[-1] for batch in batches if batch.support is not None}
+
+    def full(batch: Candidates) -> Candidates:
+        changes: dict[str, Any] = {}
+        if masked and batch.loss_mask is None:
+            changes["loss_mask"] = batch.completion_mask
+        for size in sizes if batch.support is None else ():
+            changes["support"] = np.full((*batch.completion.shape, size), 255, np.uint8)
+        return dataclasses.replace(batch, **changes)
+
+    return [full(batch) for batch in batches]
 
 
 def save(path: str | os.PathLike, candidates: Candidates, *, fingerprint: str | None = None) -> None:
@@ -412,6 +494,19 @@ def _rewards(reward, counts, where):
                 raise ValueError(f"reward[{b}][{n}] must be finite, got {float(value)}")
         padded[b, :count] = row
     return padded
+
+
+def _loss_mask(loss_mask, completions, where, batch):
+    """In the shape of the completions, or None where it is True on all of their tokens."""
+    _check_same_number("loss_mask", loss_mask, completions, "completions")
+    rows = []
+    for b, (row, group) in enumerate(zip(loss_mask, completions, strict=True)):
+        if [len(bools) for bools in row] != [len(tokens) for tokens in group]:
+            raise ValueError(f"loss_mask[{b}] must have one bool per token of each of its completions")
+        rows += [np.asarray(bools, np.int32) for bools in row]
+    mask = np.zeros(batch["completion"].shape, bool)
+    mask[where] = pad(rows, length=mask.shape[-1], truncate="right")[0] > 0
+    return None if np.array_equal(mask, batch["completion_mask"]) else mask
 
 
 def _given(candidates: Candidates) -> dict[str, Any]:

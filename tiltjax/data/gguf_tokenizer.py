@@ -48,7 +48,8 @@ def gguf_tokenizer(path: str | os.PathLike) -> Any:
         `PRE_TOKENIZERS`.
 
     Returns:
-      A Hugging Face tokenizer, with chat template, BOS, EOS, PAD and UNK as the file names them.
+      A Hugging Face tokenizer, with chat template, BOS, EOS, PAD and UNK as the file names them; its attribute
+      ``model_ends`` has every id that the file names as an end: of a text, a turn or a message.
 
     Raises:
       ImportError: If the package ``gguf`` is not installed.
@@ -80,7 +81,7 @@ def gguf_tokenizer(path: str | os.PathLike) -> Any:
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in marked[_USER_DEFINED]])
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     ids = {name: facts.get(f"ggml.{key}_token_id") for name, key in names.items()}
-    return PreTrainedTokenizerFast(
+    built = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         add_bos_token=facts.get("ggml.add_bos_token", cut.adds_bos),
         add_eos_token=facts.get("ggml.add_eos_token", False),
@@ -88,6 +89,9 @@ def gguf_tokenizer(path: str | os.PathLike) -> Any:
         clean_up_tokenization_spaces=False,
         **{name: tokens[i] for name, i in ids.items() if i is not None},
     )
+    ends = [facts.get(f"ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    built.model_ends = tuple(int(end) for end in ends if end is not None)
+    return built
 
 
 def _read_metadata(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Text to tokens and back: tokenizers from Hugging Face folders or GGUF files, chat templates, BOS, EOS and PAD.
+"""Text to tokens and back: tokenizers from Hugging Face folders or GGUF files, chat templates, BOS, PAD and what ends.
 
 A prompt or a completion is a text or a conversation (a list of ``{"role", "content"}``). The two are encoded apart, as
 they meet when a model writes a completion after a prompt, so no token straddles their border.
@@ -25,6 +25,7 @@ __all__ = [
     "decode_completions",
     "encode_completions",
     "encode_prompts",
+    "end_ids",
     "eos_id",
     "find_embedded_gguf",
     "load_tokenizer",
@@ -56,11 +57,12 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
       source: A folder with ``tokenizer.json``, a GGUF file, or the name of a model on the Hugging Face hub.
 
     Returns:
-      A Hugging Face tokenizer.
+      A Hugging Face tokenizer that knows `end_ids`.
 
     Raises:
       FileNotFoundError: If a path leads nowhere.
-      ValueError: In one line, with the path or name: no tokenizer there, or one that needs its own code.
+      ValueError: In one line, with the path or name: no tokenizer there, one that needs its own code, or a model whose
+        files name as an end what is no token id.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -74,10 +76,12 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
 
     name = str(path) if path.is_dir() else str(source)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{name}: no tokenizer could be loaded: {reason}") from None
+    tokenizer.model_ends = tuple(end for file in _settings(name) for end in _ends_in(file))
+    return tokenizer
 
 
 def find_embedded_gguf() -> Path:
@@ -94,11 +98,54 @@ def find_embedded_gguf() -> Path:
     return files[0]
 
 
-def eos_id(tokenizer: Tokenizer) -> int:
-    """The id that ends a completion; ValueError if the tokenizer has none."""
-    if tokenizer.eos_token_id is None:
+def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Every id that ends a completion, each once.
+
+    Chat models end a turn with another token than a text: ``<|im_end|>``, where the tokenizer's EOS is
+    ``<|endoftext|>``. A completion ends at the first of any of them, which belongs to it.
+
+    Args:
+      tokenizer: From `load_tokenizer`.
+
+    Returns:
+      The tokenizer's EOS, then the ids that ``generation_config.json`` and ``config.json`` name under
+      ``eos_token_id``; of a GGUF file those of its EOS, end of turn and end of message.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ends = tuple(dict.fromkeys([*own, *getattr(tokenizer, "model_ends", ())]))
+    if not ends:
         raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
-    return tokenizer.eos_token_id
+    return ends
+
+
+def eos_id(tokenizer: Tokenizer) -> int:
+    """The id that ends a text: EOS, or the first of `end_ids` in a tokenizer without; ValueError if there is none."""
+    return end_ids(tokenizer)[0]
+
+
+def _turn_end(tokenizer: Tokenizer) -> int:
+    """The id of `end_ids` with which the chat template ends an assistant's turn; EOS where it writes none of them."""
+    if len(end_ids(tokenizer)) > 1 and tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            end = _ending(tokenizer, _render(tokenizer, turns, "a turn"))[1]
+        except ValueError:
+            end = None  # A template that wants other messages.
+        return eos_id(tokenizer) if end is None else end
+    return eos_id(tokenizer)
+
+
+def _ending(tokenizer: Tokenizer, text: str) -> tuple[str, int | None]:
+    """The text up to the one of `end_ids` that stands last in it, blanks apart, and that id; None where none does."""
+    bare = text.rstrip()
+    for end in end_ids(tokenizer):
+        name = tokenizer.convert_ids_to_tokens(end)
+        if name and bare.endswith(name):
+            return bare.removesuffix(name), end
+    return text, None
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
@@ -141,16 +188,17 @@ def encode_completions(
     prompts: Sequence[Text] | None = None,
     eos: bool = True,
 ) -> list[list[int]]:
-    """Token ids of every completion, ending in EOS.
+    """Token ids of every completion, ending in one of `end_ids`.
 
     A text is encoded as it is. A conversation is what the chat template adds to its prompt: the template of prompt and
-    completion, less the template of the prompt; anything blank after the last EOS is dropped. EOS is not written twice.
+    completion, less the template of the prompt; anything blank after the last end is dropped. After an end, none is
+    written: else EOS, or after a text that answers a conversation, what the chat template ends a turn with.
 
     Args:
       tokenizer: From `load_tokenizer`.
       completions: Texts or conversations.
       prompts: The prompt of every completion; needed for conversations only.
-      eos: Whether a completion ends in EOS; False leaves it open, for one that was cut short.
+      eos: Whether an end is written where a completion has none; False leaves it open, for one that was cut short.
 
     Returns:
       A list of ids per completion.
@@ -160,23 +208,23 @@ def encode_completions(
     """
     if prompts is not None and len(prompts) != len(completions):
         raise ValueError(f"prompts must be as many as completions ({len(completions)}), got {len(prompts)}")
-    end = eos_id(tokenizer)
-    texts = []
+    ends, of_text, of_turn = end_ids(tokenizer), eos_id(tokenizer), _turn_end(tokenizer)
+    texts, last = [], []
     for i, completion in enumerate(completions):
+        prompt, written = None if prompts is None else prompts[i], None
         if not isinstance(completion, str):
-            prompt = None if prompts is None else prompts[i]
-            completion = _added_turns(tokenizer, prompt, completion, f"completion {i}")
-            bare = completion.rstrip()
-            completion = bare.removesuffix(tokenizer.eos_token) if bare.endswith(tokenizer.eos_token) else completion
+            completion, written = _ending(tokenizer, _added_turns(tokenizer, prompt, completion, f"completion {i}"))
         texts.append(completion)
-    encoded = _encode(tokenizer, texts)
-    return [[*ids, end] if eos and ids[-1:] != [end] else ids for ids in encoded]
+        usual = of_text if prompt is None or isinstance(prompt, str) else of_turn
+        last.append(usual if written is None else written)
+    encoded = zip(_encode(tokenizer, texts), last, strict=True)
+    return [[*ids, end] if eos and not set(ids[-1:]) & set(ends) else ids for ids, end in encoded]
 
 
 def decode_completions(
     tokenizer: Tokenizer, tokens: Int[Array, "B N T"], mask: Bool[Array, "B N T"]
 ) -> list[list[str]]:
-    """The text of every candidate, as rewards read it: special tokens, EOS among them, are left out.
+    """The text of every candidate, as rewards read it: special tokens are left out, and all of `end_ids`.
 
     Args:
       tokenizer: From `load_tokenizer`.
@@ -186,10 +234,10 @@ def decode_completions(
     Returns:
       N texts for each of B prompts.
     """
-    end = eos_id(tokenizer)
+    ends = end_ids(tokenizer)
 
     def decode(row: np.ndarray, real: np.ndarray) -> str:
-        ids = [token for token in row[real].tolist() if token != end]
+        ids = [token for token in row[real].tolist() if token not in ends]
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     groups = zip(np.asarray(tokens), np.asarray(mask), strict=True)
@@ -212,14 +260,43 @@ def prompt_text(prompt: Text) -> str:
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """16 hex digits of the sha256 of all that decides which ids a text becomes: kept with data that was tokenised.
 
-    That is vocabulary, merges, normaliser and splitting, special ids and chat template.
+    That is vocabulary, merges, normaliser and splitting, special ids, those of every end, and chat template.
     """
-    special = [tokenizer.bos_token_id, eos_id(tokenizer), pad_id(tokenizer)]
+    special = [tokenizer.bos_token_id, pad_id(tokenizer), *end_ids(tokenizer)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {} if backend is None else json.loads(backend.to_str())
     rules = [parts.get("normalizer"), parts.get("pre_tokenizer"), parts.get("model", {}).get("merges")]
     facts = [sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template, rules]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings(name: str) -> list[Path]:
+    """The files beside a tokenizer that say what ends a completion of its model, as far as they are there."""
+    files = ("generation_config.json", "config.json")
+    if Path(name).is_dir():
+        return [Path(name) / file for file in files if (Path(name) / file).is_file()]
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = [cached_file(name, file, **quiet) for file in files]
+    return [Path(file) for file in found if file is not None]
+
+
+def _ends_in(file: Path) -> list[int]:
+    """What ``eos_token_id`` says in a file of settings: none, one id or several; of a composed model, its text part."""
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{file}: not JSON") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file}: must hold a JSON object, got {type(facts).__name__}")
+    inner = facts.get("text_config")
+    said = facts.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
+    ends = said if isinstance(said, list) else [] if said is None else [said]
+    for end in ends:
+        if type(end) is not int or end < 0:
+            raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, got {said!r}")
+    return ends
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
