@@ -33,14 +33,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 
 from experiments import reporting
 from experiments.align_config import FREE, HOW, AlignConfig, open_run
 from experiments.align_fit import tune
 from experiments.align_online import improve
 from experiments.align_world import World, prepare
-from experiments.launch import check_run, program
+from experiments.launch import check_run, program, run_program
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
 from tiltjax.models import pretrained
@@ -49,7 +48,7 @@ from tiltjax.ops.tokens import sequence_logp
 from tiltjax.samplers.best_of_n import soft_best_of_n
 from tiltjax.tilt.temperature import beta_for_ess
 from tiltjax.train import distributed, evaluate
-from tiltjax.train.config import define_flags, from_flags
+from tiltjax.train.config import from_flags
 from tiltjax.train.distributed import Hosts
 from tiltjax.train.metrics import bootstrap_interval
 
@@ -135,6 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    define_flags(AlignConfig)
-    define_flags(Hosts)
-    app.run(main)
+    run_program(main, AlignConfig, Hosts)

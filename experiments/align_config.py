@@ -10,9 +10,10 @@ from experiments.align_given import NEEDS
 from tiltjax.models.config import ATTENTION, REMAT
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.train import distributed, methods
-from tiltjax.train.config import field, save_config
+from tiltjax.train.config import check_fields, field, output_field, save_config, seed_field
 from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.method import Method
+from tiltjax.train.sharding import parse_mesh
 
 __all__ = [
     "FREE",
@@ -163,8 +164,8 @@ class AlignConfig:
     )
     checkpoint_every: int = field(8, "Steps between checkpoints.")
     compilation_cache: str = compilation_cache_field()
-    seed: int = field(0, "Root of all randomness.")
-    output: str = field("runs/align", "Directory of the run; nothing is written outside of it.")
+    seed: int = seed_field()
+    output: str = output_field("runs/align")
     resume: bool = field(
         False,
         "Go on with the run in --output from wherever it was stopped: bit for bit with the same settings, to rounding "
@@ -172,8 +173,10 @@ class AlignConfig:
     )
 
     def __post_init__(self):
-        check_positive("beta", self.beta)
-        check_positive("learning_rate", self.learning_rate)
+        check_fields(self)
+        parse_mesh(self.mesh)
+        for name in ("beta", "learning_rate", "max_grad_norm"):
+            check_positive(name, getattr(self, name))
         check_at_least("num_candidates", self.num_candidates, 2)
         for name in ("num_prompts", "num_eval_prompts"):
             check_at_least(name, getattr(self, name), 2)

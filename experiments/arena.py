@@ -23,15 +23,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
 from tqdm import tqdm
 
 from experiments import arena_report
 from experiments.arena_run import Budget, run
 from experiments.arena_world import World, WorldConfig, make_world
-from experiments.launch import prepare_process, program
+from experiments.launch import prepare_process, program, run_program
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import define_flags, field, from_flags, write_text
+from tiltjax.train.config import field, from_flags, output_field, write_text
 from tiltjax.train.method import Method
 from tiltjax.train.methods import METHODS, get_method
 
@@ -62,7 +61,7 @@ class ArenaConfig:
     seeds: int = field(3, "Independent runs of every method.")
     learning_rate: float = field(1e-3, "Of Adam, for all methods.")
     workers: int = field(2, "Processes; 0 runs in this one.")
-    output: str = field("runs/arena", "Directory of the run.")
+    output: str = output_field("runs/arena", "Directory of the run.")
 
     def __post_init__(self):
         for name in ("updates", "samples"):
@@ -167,5 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    define_flags(ArenaConfig)
-    app.run(main)
+    run_program(main, ArenaConfig)

@@ -30,12 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from tqdm import tqdm
 
 from experiments import digits_report, digits_world
 from experiments.digits_world import Images, Judge
-from experiments.launch import program
+from experiments.launch import program, run_program
 from tiltjax.exact import gaussian
 from tiltjax.models.denoiser import Denoiser, DenoiserConfig
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
@@ -48,7 +47,7 @@ from tiltjax.samplers.guidance import (
     soft_best_of_n_denoise,
     soft_best_of_n_step,
 )
-from tiltjax.train.config import define_flags, field, from_flags, load_config, save_config
+from tiltjax.train.config import field, from_flags, load_config, output_field, save_config, seed_field
 from tiltjax.types import Array
 
 __all__ = ["DigitsConfig", "exact_world", "learned", "run"]
@@ -72,8 +71,8 @@ class DigitsConfig:
     sampling_steps: int = field(64, "Steps of the reverse chain of the learned model.")
     exact_steps: int = field(100, "Steps of the reverse chain of the exact one.")
     per_class: int = field(24, "Images drawn per class and method.")
-    seed: int = field(0, "Of everything.")
-    output: str = field("runs/diffusion_digits", "Directory of the run; nothing is written outside of it.")
+    seed: int = seed_field("Of everything.")
+    output: str = output_field("runs/diffusion_digits")
     quick: bool = field(False, "Cut every size down, to see in seconds that all stages run; the figures mean nothing.")
 
     def __post_init__(self):
@@ -257,5 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    define_flags(DigitsConfig)
-    app.run(main)
+    run_program(main, DigitsConfig)

@@ -19,14 +19,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
 from tqdm import tqdm
 
 from experiments import guidance_report, guidance_world
-from experiments.launch import program
+from experiments.launch import program, run_program
 from experiments.theory.claims import FAILED, Claim, at_most, equal, holds
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import define_flags, field, from_flags, save_config, write_text
+from tiltjax.train.config import field, from_flags, output_field, save_config, seed_field, write_text
 
 __all__ = ["GuidanceConfig", "judge", "run"]
 
@@ -37,8 +36,8 @@ class GuidanceConfig:
 
     num_steps: int = field(200, "Reverse steps of the finest chains, at least 50.")
     num_samples: int = field(20_000, "Samples per sampler, at least 200.")
-    seed: int = field(0, "Of the samplers; the laws have none.")
-    output: str = field("runs/diffusion_guidance", "Directory of the run; nothing is written outside of it.")
+    seed: int = seed_field("Of the samplers; the laws have none.")
+    output: str = output_field("runs/diffusion_guidance")
     quick: bool = field(False, "Few steps and samples, to see in seconds that all stages run; tolerances are wide.")
 
     def __post_init__(self):
@@ -183,5 +182,4 @@ def main() -> bool:
 
 
 if __name__ == "__main__":
-    define_flags(GuidanceConfig)
-    app.run(main)
+    run_program(main, GuidanceConfig)

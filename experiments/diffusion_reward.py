@@ -30,12 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from tqdm import tqdm
 
 from experiments import diffusion_digits, diffusion_reward_report, digits_world
 from experiments import diffusion_stages as stages
-from experiments.launch import program
+from experiments.launch import program, run_program
 from tiltjax.exact import bandit
 from tiltjax.models.denoiser import Denoiser
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
@@ -43,7 +42,7 @@ from tiltjax.samplers.resample import resample
 from tiltjax.tilt.divergence import tilt_kl, tilted_reward
 from tiltjax.tilt.temperature import beta_for_kl
 from tiltjax.tilt.weights import tilt
-from tiltjax.train.config import define_flags, field, from_flags, save_config
+from tiltjax.train.config import field, from_flags, output_field, save_config, seed_field
 from tiltjax.types import Array
 
 __all__ = ["RewardConfig", "run"]
@@ -64,8 +63,8 @@ class RewardConfig:
     tuning_steps: int = field(150, "Steps of fine-tuning.")
     ddpo_iterations: int = field(20, "Iterations of DDPO, of 64 chains each.")
     learning_rate: float = field(2e-4, "Of fine-tuning.")
-    seed: int = field(0, "Of everything but the denoiser.")
-    output: str = field("runs/diffusion_reward", "Directory of the run.")
+    seed: int = seed_field("Of everything but the denoiser.")
+    output: str = output_field("runs/diffusion_reward", "Directory of the run.")
     quick: bool = field(False, "Cut every size down, to see in seconds that all stages run; the figures mean nothing.")
 
     def __post_init__(self):
@@ -271,5 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    define_flags(RewardConfig)
-    app.run(main)
+    run_program(main, RewardConfig)

@@ -26,17 +26,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from tqdm import tqdm
 
 from experiments import gap_report, gap_stages
 from experiments.gap_stages import Recipe, Schedule
 from experiments.gap_world import Task, parse_tasks
-from experiments.launch import program
+from experiments.launch import program, run_program
 from tiltjax.exact import gap
 from tiltjax.exact.tree import completions
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import define_flags, field, from_flags, save_config
+from tiltjax.train.config import field, from_flags, output_field, save_config, seed_field
 
 __all__ = ["GapConfig", "recipe_and_tasks", "run", "run_task", "twin"]
 
@@ -53,8 +52,8 @@ class GapConfig:
         "core", "Comma-separated: core, horizon, data, controls, all, or subsetH:n, linearH:n, lookupHpP:n (n pairs)."
     )
     num_seeds: int = field(3, "Worlds per task, run side by side: --seed, --seed + 1, ...")
-    seed: int = field(0, "First seed.")
-    output: str = field("runs/gap", "Directory of the run; nothing is written outside of it.")
+    seed: int = seed_field("First seed.")
+    output: str = output_field("runs/gap")
     quick: bool = field(False, "Cut every size down, to see in seconds that all stages run; the figures mean nothing.")
 
     def __post_init__(self):
@@ -168,5 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    define_flags(GapConfig)
-    app.run(main)
+    run_program(main, GapConfig)

@@ -8,19 +8,71 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from tiltjax.train.config import load_config
+from tiltjax.ops.checks import did_you_mean
+from tiltjax.train.config import define_flags, load_config
 from tiltjax.train.hardware import CACHE, compilation_cache, return_memory_after_compiling
 
-__all__ = ["check_run", "command", "prepare_process", "program"]
+__all__ = ["check_run", "command", "parse", "prepare_process", "program", "run_program"]
+
+
+def run_program(main: Callable[[list[str]], None], *config_classes: type) -> None:
+    """Runs a program: defines its flags, reads the command line, calls ``main`` and ends the process.
+
+    Args:
+      main: From `program`.
+      *config_classes: Dataclasses whose fields are flags of the program.
+    """
+    for config_class in config_classes:
+        define_flags(config_class)
+    app.run(main, flags_parser=_parsed)
+
+
+def _parsed(argv: list[str]) -> list[str]:
+    try:
+        return parse(argv)
+    except ValueError as error:
+        _refuse(error)
+    except SystemExit:  # Of --help, which absl ends with status 1.
+        sys.exit(0)
+
+
+def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Reads a command line into flags.
+
+    Args:
+      argv: The program's name, then its arguments.
+      flag_values: The flags.
+
+    Returns:
+      The program's name.
+
+    Raises:
+      ValueError: If a flag is unknown or has no value or one of another type, or an argument is no flag; one line.
+    """
+    try:
+        name, *strange = flag_values(argv)
+    except flags.UnrecognizedFlagError as error:
+        hint = did_you_mean(error.flagname, list(flag_values))
+        raise ValueError(f"unknown flag --{error.flagname}{hint or '; --help lists the flags'}") from None
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    if strange:
+        raise ValueError(f"unexpected arguments: {' '.join(strange)}; flags read --name=value")
+    return [name]
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def program(job: Callable[[], Any]) -> Callable[[list[str]], None]:
-    """Makes a job the ``main`` of `absl.app.run`, in a process as `prepare_process` leaves it.
+    """Makes a job the ``main`` of `run_program`, in a process as `prepare_process` leaves it.
 
     Bad input ends in one line and exit status 2, or with ``TILTJAX_TRACEBACK`` set in a traceback.
 
@@ -33,16 +85,13 @@ def program(job: Callable[[], Any]) -> Callable[[list[str]], None]:
 
     @functools.wraps(job)
     def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
         prepare_process()
         try:
             status = job()
         except (ValueError, OSError, ImportError) as error:
             if os.environ.get("TILTJAX_TRACEBACK"):
                 raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+            _refuse(error)
         if status is not None:
             sys.exit(status)
 

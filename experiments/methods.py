@@ -15,9 +15,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments.launch import program
+from experiments.launch import program, run_program
 
 __all__ = ["ROLES", "public_functions", "render"]
 
@@ -268,4 +268,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("output", "docs/methods.md", "File to write.")
-    app.run(main)
+    run_program(main)

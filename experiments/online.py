@@ -27,15 +27,14 @@ import pathlib
 from typing import Any
 
 import jax
-from absl import app
 
 from experiments import online_report
 from experiments.align_config import HOW, RECORDS, AlignConfig, attention_field, record_of, remat_field
-from experiments.launch import check_run, program
+from experiments.launch import check_run, program, run_program
 from experiments.online_measure import task_numbers
 from experiments.online_world import make_bench, play, reference
 from tiltjax.ops.checks import check_at_least, check_choice
-from tiltjax.train.config import define_flags, field, from_flags, save_config
+from tiltjax.train.config import check_fields, field, from_flags, output_field, save_config, seed_field
 from tiltjax.train.hardware import compilation_cache_field
 
 __all__ = ["TASKS", "OnlineConfig", "run"]
@@ -83,8 +82,8 @@ class OnlineConfig:
     sample_batch: int = field(48, "Held-out prompts sampled and scored at a time.")
     checkpoint_every: int = field(6, "Rounds between checkpoints, at each of which the policy is read.")
     compilation_cache: str = compilation_cache_field()
-    seed: int = field(0, "Root of all randomness.")
-    output: str = field("runs/online", "Directory of the run; nothing is written outside of it.")
+    seed: int = seed_field()
+    output: str = output_field("runs/online")
     resume: bool = field(
         False,
         "Go on with the run in --output, and with further methods and tasks beside its own; with another --remat or "
@@ -92,6 +91,7 @@ class OnlineConfig:
     )
 
     def __post_init__(self):
+        check_fields(self)
         for name, allowed in (("task", TASKS), ("methods", tuple(RECORDS))):
             for part in self.parts(name):
                 check_choice(name, part, allowed)
@@ -157,5 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    define_flags(OnlineConfig)
-    app.run(main)
+    run_program(main, OnlineConfig)

@@ -21,10 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from safetensors.numpy import load_file
 
-from experiments.launch import program
+from experiments.launch import program, run_program
 from tiltjax.data.text import find_embedded_gguf, load_tokenizer
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
@@ -273,4 +273,4 @@ def _tensor_distance(theirs: Path, ours: Path) -> float:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_program(main)

@@ -17,23 +17,21 @@ import json
 import math
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from absl import app
-
-from experiments.launch import program
+from experiments.launch import program, run_program
 from experiments.plan_chips import CHIPS, Prediction, predict
 from experiments.plan_hlo import Collective
 from experiments.plan_report import render
 from experiments.plan_shapes import SHAPES, Shape, policy_config
 from tiltjax.models.config import REMAT
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import define_flags, field, from_flags, write_text
+from tiltjax.train.config import field, from_flags, output_field, write_text
+from tiltjax.train.sharding import AXES, parse_mesh
 
 __all__ = ["PlanConfig", "compile_elsewhere", "job", "predictions", "run", "validate"]
 
@@ -63,7 +61,7 @@ class PlanConfig:
     compute_dtype: str = field("bfloat16", "Operands of matrix products.", choices=("float32", "bfloat16"))
     chip: str = field("all", f"Chips to predict for, joined by commas: {', '.join(CHIPS)}; or all.")
     validate: bool = field(False, "Also hold the figures to what can be measured here.")
-    output: str = field("runs/plan", "Directory of the report.")
+    output: str = output_field("runs/plan", "Directory of the report.")
 
     def __post_init__(self):
         for name in ("batch_size", "prompt_tokens", "max_tokens", "microbatches"):
@@ -96,9 +94,10 @@ class PlanConfig:
 
 def mesh_sizes(spec: str) -> dict[str, int]:
     """``"data:64,fsdp:4"`` as a mapping; no size may be left open, for there are no devices to fill it."""
-    if not re.fullmatch(r"(data|fsdp|tensor):[1-9]\d*(,(data|fsdp|tensor):[1-9]\d*)*", spec):
-        raise ValueError(f"mesh must give every size, like data:64,fsdp:4 (axes data, fsdp, tensor); got {spec!r}")
-    return {name: int(size) for name, _, size in (part.partition(":") for part in spec.split(","))}
+    sizes = parse_mesh(spec)
+    if not spec or -1 in sizes.values():
+        raise ValueError(f"mesh must give every size, like data:64,fsdp:4 (axes {', '.join(AXES)}); got {spec!r}")
+    return sizes
 
 
 def job(config: PlanConfig) -> dict[str, Any]:
@@ -204,5 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    define_flags(PlanConfig)
-    app.run(main)
+    run_program(main, PlanConfig)

@@ -27,14 +27,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
 from jax.sharding import Sharding
 
 from experiments import reward_report
 from experiments.align_config import HOW, AlignConfig, attention_field, remat_field
 from experiments.align_fit import optimizer
 from experiments.align_world import World, prepare
-from experiments.launch import check_run, program
+from experiments.launch import check_run, program, run_program
 from experiments.reward_report import Verdict
 from experiments.reward_world import Split, drawn_split, file_splits, judge, newline_tokens
 from tiltjax.data.pipeline import epoch_batches
@@ -42,7 +41,7 @@ from tiltjax.models import lora
 from tiltjax.models.heads import RewardModel, is_trainable
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
 from tiltjax.train import distributed
-from tiltjax.train.config import define_flags, field, from_flags, save_config
+from tiltjax.train.config import check_fields, field, from_flags, output_field, save_config, seed_field
 from tiltjax.train.distributed import Hosts
 from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.learned_reward import reward_all, save_reward_model
@@ -59,7 +58,7 @@ from tiltjax.train.reward_model import (
     new_model,
     reward_objective,
 )
-from tiltjax.train.sharding import batch_sharding, shard, sharded_step
+from tiltjax.train.sharding import batch_sharding, parse_mesh, shard, sharded_step
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 
@@ -107,8 +106,8 @@ class RewardConfig:
     sample_batch: int = field(8, "Prompts sampled and scored at a time.")
     checkpoint_every: int = field(24, "Steps between checkpoints.")
     compilation_cache: str = compilation_cache_field()
-    seed: int = field(0, "Root of all randomness.")
-    output: str = field("runs/reward", "Directory of the run; nothing is written outside of it.")
+    seed: int = seed_field()
+    output: str = output_field("runs/reward")
     resume: bool = field(
         False,
         "Go on with the run in --output, and with further kinds beside those it has; with another --remat or "
@@ -116,8 +115,10 @@ class RewardConfig:
     )
 
     def __post_init__(self):
+        check_fields(self)
+        parse_mesh(self.mesh)
         kinds_of(self)
-        for name in ("scale", "learning_rate"):
+        for name in ("scale", "learning_rate", "max_grad_norm"):
             check_positive(name, getattr(self, name))
         for name in ("pairs", "lora_rank", "centring", "beta"):
             check_at_least(name, getattr(self, name), 0)
@@ -293,6 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    define_flags(RewardConfig)
-    define_flags(Hosts)
-    app.run(main)
+    run_program(main, RewardConfig, Hosts)

@@ -11,9 +11,9 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator
 
-from absl import app, flags
+from absl import flags
 
-from experiments.launch import program
+from experiments.launch import program, run_program
 from tiltjax.train.config import write_text
 
 __all__ = ["SECTIONS", "Row", "render", "rows"]
@@ -122,4 +122,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("output", str(ROOT / "docs" / "robustness.md"), "File to write.")
-    app.run(main)
+    run_program(main)

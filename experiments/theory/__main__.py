@@ -10,12 +10,11 @@ import importlib
 import pathlib
 import sys
 
-from absl import app
 from tqdm import tqdm
 
-from experiments.launch import program
+from experiments.launch import program, run_program
 from experiments.theory import claims
-from tiltjax.train.config import define_flags, field, from_flags
+from tiltjax.train.config import field, from_flags, output_field
 
 FAMILIES = (
     "soft_best_of_n",
@@ -42,7 +41,9 @@ FAMILIES = (
 class TheoryConfig:
     """Everything that decides a run."""
 
-    output: str = field("runs", "Directory for theory.md, and theory/<family>/ with the pages and their figures.")
+    output: str = output_field(
+        "runs", "Directory for theory.md, and theory/<family>/ with the pages and their figures."
+    )
     fast: bool = field(False, "Leave out whatever takes more than a few seconds.")
     only: str = field("", f"Comma-separated families to run; all by default: {', '.join(FAMILIES)}.")
 
@@ -79,5 +80,4 @@ def main() -> bool:
 
 
 if __name__ == "__main__":
-    define_flags(TheoryConfig)
-    app.run(main)
+    run_program(main, TheoryConfig)

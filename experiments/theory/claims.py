@@ -10,14 +10,13 @@ from typing import Any
 
 import jax
 import matplotlib as mpl
-from absl import app, flags
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.launch import program
+from experiments.launch import program, run_program
 from experiments.reporting import STYLE
-from tiltjax.train.config import write_text
+from tiltjax.train.config import field, from_flags, output_field, write_text
 
 __all__ = [
     "FAILED",
@@ -213,15 +212,17 @@ def index(
 
 def main(family: Family) -> None:
     """Runs one family as a program: flags, the table on the terminal, and exit status 1 if a claim failed."""
-    flags.DEFINE_string("output", f"runs/theory/{family.name}", "Directory for report.md and its figures.")
-    flags.DEFINE_bool("fast", False, "Leave out whatever takes more than a few seconds.")
+    fast = field(False, "Leave out whatever takes more than a few seconds.")
+    output = output_field(f"runs/theory/{family.name}", "Directory for report.md and its figures.")
+    config_class = dataclasses.make_dataclass("Config", [("output", str, output), ("fast", bool, fast)], frozen=True)
 
     @program
     def start() -> bool:
-        directory = pathlib.Path(flags.FLAGS.output)
-        _, claims = run(family, directory, fast=flags.FLAGS.fast)
+        config: Any = from_flags(config_class)
+        directory = pathlib.Path(config.output)
+        _, claims = run(family, directory, fast=config.fast)
         print(table(claims))
         print(f"\nreport: {directory / 'report.md'}")
         return any(c.verdict == FAILED for c in claims)
 
-    app.run(start)
+    run_program(start, config_class)

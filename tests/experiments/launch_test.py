@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 
 import jax
 import pytest
@@ -9,7 +10,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from experiments import launch
-from tiltjax.train.config import field, save_config
+from tiltjax.train.config import define_flags, field, save_config
 
 prepare_process = launch.prepare_process  # As it is outside of the tests.
 
@@ -26,8 +27,6 @@ def test_a_job_becomes_a_main():
     done = []
     launch.program(lambda: done.append(1))(["x"])
     assert done == [1]
-    with pytest.raises(app.UsageError, match="unexpected arguments: --a b"):
-        launch.program(lambda: None)(["x", "--a", "b"])
 
 
 @pytest.fixture
@@ -64,6 +63,46 @@ def test_programs_speak_of_their_own_work_only(process, caplog):
     for name in ("tiltjax.train.rollout", "experiments.align_fit", "absl", "jax._src.dispatch", "orbax.checkpoint"):
         logging.getLogger(name).info("of %s", name)
     assert [record.name for record in caplog.records] == ["tiltjax.train.rollout", "experiments.align_fit"]
+
+
+@pytest.fixture
+def own():
+    """The flags of `Config`, apart from those of this process."""
+    values = flags.FlagValues()
+    define_flags(Config, values)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stpes=3"], "unknown flag --stpes; did you mean 'steps'?"),
+        (["--zzz"], "unknown flag --zzz; --help lists the flags"),
+        (["--steps=three"], "flag --steps=three: invalid literal for int() with base 10: 'three'"),
+        (["--steps"], "Missing value for flag --steps"),
+        (["--resume=perhaps"], "flag --resume=perhaps: "),
+        (["--steps=3", "a", "--name=b", "b"], "unexpected arguments: a b; flags read --name=value"),
+        (["--flagfile=/nowhere"], "ERROR:: Unable to open flagfile"),
+    ],
+)
+@pytest.mark.robustness(
+    "Flags", given="an unknown flag, or a value of another type", outcome="one line, the nearest name, exit status 2"
+)
+def test_a_bad_flag_is_one_line(own, words, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        launch.parse(["x", *words], own)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("word", "status"), [("--nonsense_flag", 2), ("--help", 0)])
+def test_a_bad_command_line_ends_with_status_2_and_help_with_0(monkeypatch, capsys, word, status):
+    app.define_help_flags()
+    monkeypatch.setattr(app, "run", lambda main, flags_parser: flags_parser(["x", word]))
+    with pytest.raises(SystemExit) as end:
+        launch.run_program(lambda argv: None)
+    assert end.value.code == status
+    out = capsys.readouterr()
+    assert out.err == ("" if status == 0 else "error: unknown flag --nonsense_flag; --help lists the flags\n")
 
 
 def test_its_value_is_the_exit_status():

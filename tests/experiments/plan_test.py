@@ -297,7 +297,7 @@ def test_time_is_that_of_the_slowest_link_and_unit():
     ("settings", "message"),
     [
         ({"mesh": "data:-1"}, "mesh must give every size"),
-        ({"mesh": "rows:8"}, "mesh must give every size"),
+        ({"mesh": "rows:8"}, "mesh must be like"),
         ({"batch_size": 100}, r"batch_size must be a multiple of data \* fsdp \* microbatches = 256, got 100"),
         ({"method": "dpo", "num_candidates": 4}, "num_candidates must be 2 for dpo, got 4"),
         ({"chip": "h100,abacus"}, "chip must be all or some of .*; got 'abacus'"),

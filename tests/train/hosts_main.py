@@ -11,7 +11,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import align, reward_model
@@ -19,14 +18,14 @@ from experiments.align_config import AlignConfig
 from experiments.align_fit import tune
 from experiments.align_online import improve
 from experiments.align_world import prepare
-from experiments.launch import program
+from experiments.launch import program, run_program
 from experiments.reward_model import RewardConfig
 from tiltjax.data.candidates import load
 from tiltjax.models import pretrained
 from tiltjax.ops.collectives import pmean
 from tiltjax.samplers.continuous import decode_queue
 from tiltjax.train import checkpoint, distributed, metrics, rollout
-from tiltjax.train.config import define_flags, from_flags
+from tiltjax.train.config import from_flags
 from tiltjax.train.distributed import Hosts
 from tiltjax.train.loop import fit
 from tiltjax.train.sharding import batch_sharding, make_mesh, pmap_step
@@ -186,6 +185,4 @@ def main():
 
 
 if __name__ == "__main__":
-    define_flags(AlignConfig)
-    define_flags(Hosts)
-    app.run(main)
+    run_program(main, AlignConfig, Hosts)

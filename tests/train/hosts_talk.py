@@ -3,11 +3,9 @@
 import itertools
 import sys
 
-from absl import app
-
-from experiments.launch import program
+from experiments.launch import program, run_program
 from tiltjax.train import distributed
-from tiltjax.train.config import define_flags, from_flags
+from tiltjax.train.config import from_flags
 from tiltjax.train.distributed import Hosts
 
 
@@ -23,5 +21,4 @@ def main():
 
 
 if __name__ == "__main__":
-    define_flags(Hosts)
-    app.run(main)
+    run_program(main, Hosts)

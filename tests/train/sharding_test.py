@@ -30,8 +30,10 @@ def test_mesh(spec, sizes):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [("data:3", "3 places for 8 devices"), ("rows:8", "rows:8"), ("data:x", "data:x"), ("data:0", "data:0"),
-     ("data:-1,fsdp:-1", "one size open")],
+     ("data:-1,fsdp:-1", "one size open"), ("data:2,data:4", "every axis once, got data twice"), ("data:-2", "data:-2"),
+     ("data:8,", "got ''"), ("data", "got 'data'"), ("fsdp:16", "16 places"), ("data:\u0662", "got 'data:")],
 )  # fmt: skip
+@pytest.mark.robustness("Flags", given="a mesh with an axis twice, unknown, or of size 0", outcome="one line names it")
 def test_bad_mesh_is_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(spec)

@@ -73,6 +73,16 @@ class Hosts:
         check_at_least("process_id", self.process_id, -1)
         check_at_least("heartbeat_timeout", self.heartbeat_timeout, 1)
         check_at_least("start_timeout", self.start_timeout, 1)
+        if self.coordinator not in ("", "off"):
+            _check_address("coordinator", self.coordinator)
+        if self.num_processes and self.process_id >= self.num_processes:
+            raise ValueError(f"process_id must be below num_processes={self.num_processes}, got {self.process_id}")
+
+
+def _check_address(name: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"{name} must be host:port, such as host0:8476, got {address!r}")
 
 
 def initialize(hosts: Hosts = Hosts()) -> None:
@@ -95,6 +105,8 @@ def initialize(hosts: Hosts = Hosts()) -> None:
         return
     if not asked and any(os.environ.get(name) == "1" for name in _ALONE):
         return  # A job of one process; to join itself, JAX would hide all of its devices but one.
+    if given["coordinator"]:
+        _check_address("JAX_COORDINATOR_ADDRESS", given["coordinator"])
     # How CPUs talk to each other; GPUs and TPUs have their own ways, whatever is said here.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Else SIGTERM would only be noted, and a host told to stop would go on.

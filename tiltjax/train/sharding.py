@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -19,6 +20,7 @@ __all__ = [
     "batch_sharding",
     "make_mesh",
     "param_spec",
+    "parse_mesh",
     "pmap_step",
     "shard",
     "sharded_step",
@@ -29,6 +31,35 @@ AXES = ("data", "fsdp", "tensor")
 """Mesh axes: prompts over ``data`` and ``fsdp``; parameters over ``fsdp`` and ``tensor``."""
 
 BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def parse_mesh(spec: str) -> dict[str, int]:
+    """The size of every mesh axis that a spec says; needs no device.
+
+    Args:
+      spec: As for `make_mesh`.
+
+    Returns:
+      Axis -> size, -1 where it is open.
+
+    Raises:
+      ValueError: If an axis is unknown or named twice, a size is neither positive nor -1, or two are open.
+
+    Example:
+      >>> parse_mesh("fsdp:2")
+      {'data': 1, 'fsdp': 2, 'tensor': 1}
+    """
+    sizes: dict[str, int] = {}
+    for part in (spec or "data:-1").split(","):
+        name, _, size = part.partition(":")
+        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d{0,8}", size, re.ASCII):
+            raise ValueError(f"mesh must be like data:4,fsdp:2,tensor:1 (axes {', '.join(AXES)}); got {part!r}")
+        if name in sizes:
+            raise ValueError(f"mesh must name every axis once, got {name} twice in {spec!r}")
+        sizes[name] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"mesh may leave one size open, got {spec!r}")
+    return dict.fromkeys(AXES, 1) | sizes
 
 
 def make_mesh(spec: str = "") -> Mesh:
@@ -42,21 +73,14 @@ def make_mesh(spec: str = "") -> Mesh:
       A mesh with the axes `AXES`.
 
     Raises:
-      ValueError: If an axis is unknown, a size is not an integer, or the product is not the number of devices.
+      ValueError: As of `parse_mesh`, or if the product is not the number of devices.
 
     Example:
       >>> make_mesh("data:-1").axis_names
       ('data', 'fsdp', 'tensor')
     """
-    sizes = dict.fromkeys(AXES, 1)
-    for part in filter(None, (spec or "data:-1").split(",")):
-        name, _, size = part.partition(":")
-        if name not in AXES or not size.lstrip("-").isdigit() or int(size) < -1 or int(size) == 0:
-            raise ValueError(f"mesh must be like data:4,fsdp:2,tensor:1 (axes {', '.join(AXES)}); got {part!r}")
-        sizes[name] = int(size)
+    sizes = parse_mesh(spec)
     devices = jax.device_count()
-    if list(sizes.values()).count(-1) > 1:
-        raise ValueError(f"mesh may leave one size open, got {spec!r}")
     known = math.prod(s for s in sizes.values() if s != -1)
     sizes = {name: devices // known if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != devices:
