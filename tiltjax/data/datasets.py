@@ -1,175 +1,206 @@
-"""Rows from JSON Lines, JSON, Parquet and TensorFlow Datasets; a bad row is refused by file, line and reason.
+"""Rows from JSON Lines, JSON, CSV, Parquet, Arrow and TensorFlow Datasets; a bad row is refused by its file and line.
 
 What the columns mean is in `tiltjax.data.rows`.
 """
 
-import glob
-import itertools
 import json
+import logging
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from tiltjax.data.files import DataError
 from tiltjax.data.rows import KINDS, PairRow, PromptRow, RankedRow, Row, SupervisedRow, UnpairedRow, parse_row
+from tiltjax.data.sources import open_source
 from tiltjax.ops.checks import check_at_least, check_choice
 
-__all__ = ["DataError", "PairRow", "PromptRow", "RankedRow", "Row", "SupervisedRow", "UnpairedRow", "read"]
+__all__ = [
+    "DataError",
+    "PairRow",
+    "PromptRow",
+    "RankedRow",
+    "Row",
+    "SupervisedRow",
+    "UnpairedRow",
+    "hold_out",
+    "prompt_identity",
+    "read",
+    "with_columns",
+]
+
+_LOG = logging.getLogger(__name__)
+
+_Row = TypeVar("_Row", bound=Row)
 
 
-class DataError(ValueError):
-    """A row or a file that cannot be used: ``path:line: reason``, in one line.
-
-    In files without lines (Parquet, a JSON array, TFDS) the line is the number of the row; both count from 1.
-    """
-
-
-def read(source: str | os.PathLike, kind: str, *, split: str | None = None, limit: int | None = None) -> list[Row]:
+def read(
+    source: str | os.PathLike,
+    kind: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+) -> list[Row]:
     """Reads rows of one kind.
 
     Args:
-      source: A ``.jsonl``, ``.json`` or ``.parquet`` file; a folder or a glob of them, read in the order of their
-        names; ``tfds:name`` or ``tfds:name/config`` for a prepared TensorFlow dataset, or ``tfds:folder`` for one by
-        its folder. TensorFlow itself is not used, so the dataset must be stored as ``array_record`` or ``parquet``.
+      source: A ``.jsonl``, ``.json``, ``.csv`` (each also ``.gz``), ``.parquet`` or ``.arrow`` file; a folder or a glob
+        of them, read in the order of their names; a folder that ``datasets.save_to_disk`` wrote; ``tfds:name`` or
+        ``tfds:name/config`` for a prepared TensorFlow dataset, or ``tfds:folder`` for one by its folder. TensorFlow
+        itself is not used, so the dataset must be stored as ``array_record`` or ``parquet``. The first line of a CSV
+        names its columns, and all its values are texts. ``source?split=train`` chooses a split.
       kind: ``"prompt"``, ``"supervised"``, ``"pair"``, ``"unpaired"`` or ``"ranked"``.
-      split: Of a TensorFlow dataset: the split, which may be left out where there is only one. Of a folder or a glob:
-        only the files whose name is the split's, or begins with it (``train-00000-of-00002.parquet``).
+      split: The split, unless ``source`` has it. It may be left out where there is only one. A file of a folder or a
+        glob is of the split that its name says (``train-00000-of-00002.parquet``, ``train.jsonl``).
       limit: Stop after so many rows; None reads all.
+      skip_bad: Leaves out rows that are bad, and says how many in one line of the log, instead of refusing the first.
+        A file that cannot be read as a whole is refused all the same.
 
     Returns:
-      At least one row.
+      At least one row. Nulls that Parquet and Arrow have filled in inside conversations and tools are gone.
 
     Raises:
-      DataError: If a row or a file is bad, with its place and the reason.
+      DataError: If a row or a file is bad, with its place and the reason, or a split must be chosen.
       FileNotFoundError: If there is no such file.
-      ValueError: If ``kind`` is unknown, or ``split`` is missing or out of place.
+      ValueError: If ``kind`` is unknown, or ``split`` is out of place.
     """
     check_choice("kind", kind, KINDS)
     if limit is not None:
         check_at_least("limit", limit, 1)
-    source, rows = os.fspath(source), []
-    records = _read_tfds(source, split) if source.startswith("tfds:") else _read_files(source, split)
-    for place, record in tqdm(itertools.islice(records, limit), desc=source, unit=" rows", delay=2, disable=None):
+    source = os.fspath(source)
+    rows: list[Row] = []
+    bad: list[DataError] = []
+    for place, record in tqdm(open_source(source, split), desc=source, unit=" rows", delay=2, disable=None):
         try:
-            rows.append(parse_row(record, kind, place=place))
-        except ValueError as error:
-            raise DataError(f"{place}: {error}") from None
+            rows.append(_row(place, record, kind))
+        except DataError as error:
+            bad.append(error)
+            if not skip_bad:
+                raise
+        if limit is not None and len(rows) == limit:
+            break
+    _report_skipped(source, bad)
     if not rows:
-        raise DataError(f"{source}: no rows")
+        raise DataError(f"{source}: no rows{f' but {len(bad)} bad ones; the first: {bad[0]}' if bad else ''}")
+    if plain := [row for row in rows if row.template and isinstance(row.prompt, str)]:
+        _LOG.warning(
+            "%s: %d of %d rows have tools or chat_template_kwargs but a text as prompt, which no chat template reads; "
+            "the first: %s",
+            source, len(plain), len(rows), plain[0].place,
+        )  # fmt: skip
     return rows
 
 
-def _read_files(source: str, split: str | None) -> Iterator[tuple[str, Any]]:
-    path, pattern = Path(source).expanduser(), any(c in source for c in "*?[")
-    if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix in _READERS and not file.name.startswith(".")]
-    elif pattern and not path.exists():
-        files = [Path(file) for file in glob.glob(str(path), recursive=True)]
-    elif path.exists():
-        if split is not None:
-            raise ValueError(f"split must be None for a single file, got {split!r}: {path}")
-        files = [path]
-    else:
-        raise FileNotFoundError(f"no such file: {path}")
-    if split is not None:
-        files = [file for file in files if file.stem == split or file.stem.startswith((f"{split}-", f"{split}_"))]
-    if not files:
-        of_split = "" if split is None else f" of split {split!r}"
-        raise FileNotFoundError(f"no {', '.join(_READERS)} file{of_split}: {path}")
-    for file in sorted(files):
-        if file.suffix not in _READERS:
-            raise DataError(f"{file}: only {', '.join(_READERS)} files are read")
-    return itertools.chain.from_iterable(_READERS[file.suffix](file) for file in sorted(files))
+def with_columns(rows: Sequence[_Row], needs: Mapping[str, str], *, source: str, skip_bad: bool = False) -> list[_Row]:
+    """The rows, every one of which must have some further columns.
+
+    Args:
+      rows: From `read`.
+      needs: Column that must be there and not null -> what needs it, for the message.
+      source: Where the rows are from.
+      skip_bad: As for `read`.
+
+    Returns:
+      The rows that have them all.
+
+    Raises:
+      DataError: With the place and the column, if a row does not have one; or if none does.
+    """
+    good: list[_Row] = []
+    bad: list[DataError] = []
+    for row in rows:
+        column = next((name for name in needs if row.columns.get(name) is None), None)
+        if column is None:
+            good.append(row)
+            continue
+        reason = f"column {column!r} is null" if column in row.columns else f"no column {column!r}"
+        error = DataError(f"{row.place or source}: {reason}, which {needs[column]} needs")
+        if not skip_bad:
+            raise error
+        bad.append(error)
+    _report_skipped(source, bad)
+    if bad and not good:
+        raise bad[0]
+    return good
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", _load_json(line, path, number)
+def hold_out(rows: Sequence[_Row], num_train: int, num_held_out: int, *, source: str) -> tuple[list[_Row], list[_Row]]:
+    """Rows to train on and rows to be judged by, which share no prompt.
+
+    The first rows are trained on, however often a prompt comes among them. Of the rows after them those are held out
+    whose prompt comes for the first time; how many were passed over is said in one line of the log.
+
+    Args:
+      rows: From `read`.
+      num_train: How many to train on.
+      num_held_out: How many to hold out.
+      source: Where the rows are from.
+
+    Returns:
+      ``num_train`` and ``num_held_out`` rows.
+
+    Raises:
+      ValueError: If there are too few rows, or too few whose prompts are not trained on.
+    """
+    wanted = num_train + num_held_out
+    if len(rows) < wanted:
+        raise ValueError(f"{source}: {wanted} prompts are needed (training and held-out), the file has {len(rows)}")
+    train = list(rows[:num_train])
+    held_out: list[_Row] = []
+    trained = {prompt_identity(row) for row in train}
+    seen = set(trained)
+    repeats = again = 0
+    for row in rows[num_train:]:
+        if len(held_out) == num_held_out:
+            break
+        identity = prompt_identity(row)
+        repeats += identity in trained
+        again += identity in seen and identity not in trained
+        if identity not in seen:
+            seen.add(identity)
+            held_out.append(row)
+    told = f"{repeats} rows after the first {num_train} repeat a prompt that is trained on and {again} one held out"
+    if len(held_out) < num_held_out:
+        raise ValueError(f"{source}: {num_held_out} held-out prompts are needed, there are {len(held_out)}: {told}")
+    if repeats or again:
+        _LOG.warning("%s: %s: left out of the held-out prompts", source, told)
+    return train, held_out
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as file:
-        if not file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from _read_jsonl(path)
-            return
-        file.seek(0)
-        for number, row in enumerate(_load_json(file.read(), path, 1), 1):
-            yield f"{path}:{number}", row
+def prompt_identity(row: Row) -> str:
+    """What two rows share that ask the same: the prompt, and what the chat template is given with it."""
+    return json.dumps([row.prompt, row.template], sort_keys=True, default=repr)
 
 
-def _load_json(text: bytes, path: Path, number: int) -> Any:
+def _row(place: str, record: Any, kind: str) -> Row:
+    if isinstance(record, DataError):
+        raise record
     try:
-        return json.loads(text.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        place = f"{path}:{number + error.lineno - 1}"
-        raise DataError(f"{place}: invalid JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number + text[: error.start].count(10)}: not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{number}: invalid JSON: {_first_line(error)}") from None
+        _check_texts(record, "")
+        return parse_row(record, kind, place=place)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a whole Parquet file: {_first_line(error)}") from None
-
-
-_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _read_tfds(source: str, split: str | None) -> Iterator[tuple[str, Any]]:
-    import tensorflow_datasets as tfds
-
-    name = source.removeprefix("tfds:")
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and name.startswith(("/", "~", ".")):
-        raise FileNotFoundError(f"no such folder: {folder}")
-    try:
-        builder = tfds.builder_from_directory(str(folder)) if folder.is_dir() else tfds.builder(name)
-        splits = list(builder.info.splits)
-        if not splits:
-            raise ValueError(f"not prepared; with TensorFlow, run: tfds build {name} --file_format=array_record")
-        if split is None and len(splits) > 1:
-            raise ValueError(f"split must be one of {', '.join(splits)}; got None")
-        examples = builder.as_data_source(split=split or splits[0])
-    except NotImplementedError:
-        raise DataError(f"{source}: stored as tfrecord; prepare it with file_format='array_record'") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{source}: {_first_line(error)}") from None
-    for i in range(len(examples)):
+def _check_texts(value: Any, name: str) -> None:
+    """No text may hold half of a surrogate pair: JSON can write it, but it is no text that a tokenizer takes."""
+    if isinstance(value, str):
         try:
-            record = _plain(examples[i])
-        except (ValueError, OSError, RuntimeError) as error:
-            raise DataError(f"{source}:{i + 1}: {_first_line(error)}") from None
-        yield f"{source}:{i + 1}", record
+            value.isascii() or value.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):04x}"
+            raise ValueError(f"{name} has half of a surrogate pair, {half}, at character {error.start + 1}") from None
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _check_texts(key, f"a name in {name or 'the columns'}")
+            _check_texts(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            _check_texts(part, f"{name}[{i}]")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _report_skipped(source: str, bad: Sequence[DataError]) -> None:
+    if bad:
+        _LOG.warning("%s: %d bad rows left out; the first: %s", source, len(bad), bad[0])
