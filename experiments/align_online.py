@@ -108,7 +108,7 @@ def _fitting(
 
     def run(frozen, players, drawn, told, key):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            view = model_view(frozen=frozen, rows=size // config.microbatches)
+            view = model_view(frozen=frozen, temperature=record.temperature, rows=size // config.microbatches)
             return rounds.fit(record, players, drawn, told, key, view=view, microbatches=config.microbatches, **options)
 
     places, whole = shardings(players, mesh), NamedSharding(mesh, PartitionSpec())
@@ -148,6 +148,7 @@ def _drawing(
         max_tokens=config.max_tokens,
         eos_id=text.end_ids(world.tokenizer),
         pad_id=text.pad_id(world.tokenizer),
+        temperature=record.temperature,
         mixture=record.mixture,
         slots=None if config.sample_batch >= B else config.sample_batch * record.num_candidates,
         mesh=world.mesh,

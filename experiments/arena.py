@@ -39,10 +39,10 @@ __all__ = ["CORE", "QUICK", "ArenaConfig", "compete", "main"]
 CORE = (
     "sft", "tilted_mle_offline", "tilted_mle_iterated", "tilted_mle", "var_offline", "var", "var_printed",
     "raft", "expert_iteration", "rwr", "awr", "dpo", "ipo", "simpo", "chi_po", "dpop", "dpo_nll", "kto",
-    "online_dpo", "online_ipo", "dpo_best_worst", "online_info_nca", "tr_dpo_soft", "tr_dpo_hard", "rloo",
-    "rloo_stale", "remax", "reinforce_pp", "grpo", "grpo_4_epochs", "grpo_prorl", "dr_grpo", "dapo_4_epochs",
-    "gspo", "cispo", "ppo", "ppo_ptx", "mdloo", "safe_rlhf", "prime", "spin", "sppo", "dno", "inpo", "nash_md",
-    "spo", "mpo", "self_certainty", "empo", "ttrl",
+    "preferred_ft", "dpo_best_worst", "online_dpo", "online_ipo", "online_dpo_best_worst", "online_info_nca",
+    "tr_dpo_soft", "tr_dpo_hard", "rloo", "rloo_stale", "remax", "reinforce_pp", "grpo", "grpo_4_epochs", "grpo_prorl",
+    "dr_grpo", "dapo_4_epochs", "gspo", "cispo", "ppo", "ppo_ptx", "mdpo", "mdloo", "safe_rlhf", "prime", "spin",
+    "sppo", "dno", "inpo", "nash_md", "spo", "mpo", "self_certainty", "empo", "ttrl",
 )  # fmt: skip
 """Methods of the default run."""
 

@@ -120,13 +120,14 @@ def run(world: World, method: Method, budget: Budget) -> dict[str, Any]:
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
         target = world.tilt(beta)
         probe = functools.partial(measured, world, target, own, pairs)
-        sample = world.sampler(target, mixture=method.mixture)
+        sample = world.sampler(target, mixture=method.mixture, temperature=method.temperature)
+        view = functools.partial(world.view, temperature=method.temperature)
         start = init_players(method, world.params, tx)
 
         def turn(players, r):
             draw, learn = jax.random.split(jax.random.fold_in(key, r))
             candidates = collect(method, players, prompts, draw, sample=sample)
-            return fit(method, players, candidates, world.score(candidates), learn, view=world.view, tx=tx, beta=used,
+            return fit(method, players, candidates, world.score(candidates), learn, view=view, tx=tx, beta=used,
                        minibatches=minibatches, probe=probe if rounds <= C else None, probes=probes)  # fmt: skip
 
         def stretch(players, some):

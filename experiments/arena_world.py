@@ -140,11 +140,11 @@ class World:
         """The policy's law on the task's prompts, ``[P, K]``."""
         return self.outputs(params, jnp.asarray(self.prompt))[1]
 
-    def view(self, params: Any, candidates: Candidates) -> View:
+    def view(self, params: Any, candidates: Candidates, *, temperature: float = 1.0) -> View:
         """What the loop asks of a policy: only the drawn candidates are scored."""
         model = params["model"]
         hidden = model.hidden(candidates.prompt, candidates.prompt_mask, candidates.completion)
-        logits = jax.nn.log_softmax(hidden @ model.projection().T)
+        logits = jax.nn.log_softmax(hidden @ model.projection().T / temperature)
         return View(
             token_logp=jnp.take_along_axis(logits, candidates.completion[..., None], axis=-1)[..., 0],
             entropy=-jnp.sum(jnp.exp(logits) * logits, axis=-1),
@@ -164,12 +164,13 @@ class World:
             completion_mask=jnp.asarray(empty > 0),
         )
 
-    def sampler(self, demonstrations: Array, *, mixture: float = 0.5) -> Callable:
+    def sampler(self, demonstrations: Array, *, mixture: float = 0.5, temperature: float = 1.0) -> Callable:
         """A `tiltjax.train.method.Sample` that draws from exact laws.
 
         Args:
           demonstrations: Log-probability of the source "data", ``[P, K]``.
           mixture: Of the source "mixture".
+          temperature: Of every source but "greedy", "data" and "corpus".
         """
 
         def laws(players: Players, source: str) -> tuple[Array, Array]:
@@ -184,6 +185,9 @@ class World:
                 logp = self.law(rows)
             if source == "greedy":
                 logp = self.law(jnp.where(rows == jnp.max(rows, axis=-1, keepdims=True), 0.0, -1e9))
+            elif temperature != 1:
+                rows = jax.nn.log_softmax(rows / temperature)
+                logp = self.law(rows)
             return rows, logp
 
         def sample(key: Array, players: Players, source: str, prompts: Candidates, num: int) -> Candidates:

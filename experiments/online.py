@@ -50,7 +50,7 @@ class OnlineConfig:
 
     task: str = field("puzzles,sentiment", "Tasks with commas between: puzzles, sentiment.")
     methods: str = field(
-        "grpo,rloo,dpo_best_worst,online_tilted_mle",
+        "grpo,rloo,online_dpo_best_worst,online_tilted_mle",
         "Methods with commas between: the records of experiments.align that learn in rounds.",
     )
     policy: str = field("smollm2", "Reference policy: as in experiments.align.")

@@ -18,7 +18,7 @@ __all__ = ["samples_of", "write"]
 COLOURS = {
     "grpo": "#D55E00",
     "rloo": "#0072B2",
-    "dpo_best_worst": "#009E73",
+    "online_dpo_best_worst": "#009E73",
     "online_tilted_mle": "#CC79A7",
 }
 OTHERS = ("#E69F00", "#7F3C8D")

@@ -65,7 +65,11 @@ def drawing(home, tmp_path, monkeypatch):
         return Candidates(prompt=prompts.prompt, prompt_mask=prompts.prompt_mask, completion=tokens,
                           completion_mask=mask, old_token_logp=np.zeros(mask.shape, np.float32))  # fmt: skip
 
-    monkeypatch.setattr(align_online, "model_sample", lambda **_: at_random)
+    def model_sample(**options):
+        drawing.options = options
+        return at_random
+
+    monkeypatch.setattr(align_online, "model_sample", model_sample)
 
     def drawing(method, *, reward=None, seed=1, minibatches=1, **changes):
         config = config_of(home, tmp_path, method, **changes)
@@ -88,6 +92,12 @@ def drawing(home, tmp_path, monkeypatch):
 def shown(world, drawn):
     """Prompts as texts."""
     return [world.tokenizer.decode(row[mask]) for row, mask in zip(drawn.prompt, drawn.prompt_mask, strict=True)]
+
+
+def test_candidates_are_drawn_at_the_temperature_of_the_record(drawing):
+    for method, temperature in (("dpo_best_worst", 0.1), ("online_dpo_best_worst", 1.0)):
+        drawing(method)
+        assert drawing.options["temperature"] == temperature
 
 
 @pytest.mark.parametrize("source", ["told.jsonl", "answer"])

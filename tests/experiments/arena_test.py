@@ -63,6 +63,15 @@ def test_samples_follow_the_law():
         counts = np.stack([np.bincount(row, minlength=law.shape[1]) for row in drawn[source]]) / 4000
         np.testing.assert_allclose(counts, np.exp(law), atol=0.04)
     assert [len(set(row.tolist())) for row in drawn["greedy"]] == [1, 1]
+    cold = w.sampler(w.tilt(0.5), temperature=0.4)(jax.random.key(1), players, "current", prompts, 4000)
+    seen = jax.jit(functools.partial(w.view, temperature=0.4))(w.params, cold).token_logp
+    np.testing.assert_allclose(np.where(cold.completion_mask, seen - cold.old_token_logp, 0), 0, atol=1e-5)
+    rows = np.asarray(w.outputs(w.params, w.prompt)[0], np.float64) / 0.4
+    law = np.exp(w.law(rows - np.log(np.exp(rows).sum(-1, keepdims=True))))
+    drawn_cold = w.space.number[np.asarray(cold.completion) @ [3, 1]]
+    counts = np.stack([np.bincount(row, minlength=law.shape[1]) for row in drawn_cold]) / 4000
+    np.testing.assert_allclose(counts, law, atol=0.04)
+    assert np.abs(law - np.exp(w.ref_logp)).max() > 0.1
     whole = np.where(every[0].completion_mask, every[0].old_token_logp, 0).sum(-1)
     np.testing.assert_allclose(whole, np.take_along_axis(w.ref_logp, drawn["current"], axis=1), atol=1e-5)
 

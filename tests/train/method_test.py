@@ -16,9 +16,9 @@ from tiltjax.data.candidates import Candidates
 from tiltjax.models import lora
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import rounds as loop
-from tiltjax.train.method import Batch, Feedback, Method, ReferenceUpdate, View
+from tiltjax.train.method import Batch, Feedback, Method, ReferenceUpdate, Round, View
 from tiltjax.train.methods import METHODS, get_method
-from tiltjax.train.methods.labels import actor_critic, judged
+from tiltjax.train.methods.labels import actor_critic, balanced, judged
 from tiltjax.train.methods.preference import PAIRWISE
 from tiltjax.train.policy import at_work, kl_along_prefixes, model_sample, model_view, with_critics
 
@@ -247,6 +247,37 @@ def test_from_the_second_step_on_the_ratio_is_that_to_the_start_of_the_round():
     assert float(metrics["off_policy"]) == 0.0
 
 
+def test_mirror_descent_minimises_the_ratio_and_the_kl_to_the_old_policy():
+    """Token by token, with a critic: the loss is the formula's, and with a large beta a round of steps stays nearer."""
+    batch, beta = jax.device_get(batch_of("mdpo")).change(fresh=np.zeros(4, bool)), 0.5
+    params = OTHER | {"critic": TABLE["critic"]}
+    now = jax.device_get(jax.jit(view)(params, batch.candidates))
+    log_ratio = np.float64(now.token_logp) - np.float64(batch.old.token_logp)
+    ratio = np.exp(log_ratio)
+    actor = -ratio * batch.advantage + beta * ratio * (1 / ratio - 1 + log_ratio)
+    critic = (now.value[..., :1] - batch.returns) ** 2 / 2
+    loss, _, _ = gradient(batch, params, beta, name="mdpo")
+    assert float(loss) == pytest.approx((actor + 0.1 * critic[..., 0])[batch.mask].mean(), rel=1e-4)
+    assert batch.advantage[batch.mask].std() != pytest.approx(1, abs=0.05)
+    method = get_method("mdpo")
+    play = jax.jit(lambda players, beta: one_round(method, start=players, beta=beta)[1]["off_policy"])
+    far = [float(play(loop.init_players(method, TABLE, TX), beta)) for beta in (0.3, 30.0)]
+    assert far[0] > 2 * far[1] > 0
+
+
+def test_the_best_and_the_worst_of_one_drawing_at_a_low_temperature():
+    """All Roads, section B.1.1: 25 completions once, by the policy that is the reference."""
+    method = get_method("dpo_best_worst")
+    assert (method.draw, method.rounds, method.epochs, method.temperature) == ((("initial", 25),), 1, 1, 0.1)
+    assert method.loss is get_method("dpo").loss
+    assert method.reference.every is None
+    batch = batch_of("dpo_best_worst")
+    assert batch.reward.shape == (4, 2)
+    rewards = jax.jit(score)(batch.candidates).reward
+    np.testing.assert_allclose(batch.reward, rewards)
+    assert {m.temperature for name, m in METHODS.items() if name != method.name} == {1.0}
+
+
 def same_reward(candidates):
     return Feedback(reward=jnp.full(candidates.completion.shape[:2], 0.3))
 
@@ -297,7 +328,7 @@ def test_the_reward_lands_on_the_last_real_token():
 
 class TestLabels:
     def test_pairs_put_the_chosen_first(self):
-        batch = batch_of("dpo_best_worst")
+        batch = batch_of("online_dpo_best_worst")
         assert batch.reward.shape == (4, 2)
         assert bool((batch.reward[:, 0] >= batch.reward[:, 1]).all())
         np.testing.assert_array_equal(batch.where[:, 0], batch.reward[:, 0] > batch.reward[:, 1])
@@ -309,6 +340,50 @@ class TestLabels:
         gap = np.abs(margin)
         right = (margin > 0)[gap > 0].mean()
         assert right == pytest.approx((1 / (1 + np.exp(-gap[gap > 0]))).mean(), abs=0.07)
+
+    def test_only_the_chosen_is_imitated(self):
+        """On the same comparisons as DPO's, the loss is minus the chosen's log-probability."""
+        batch, pairs = prepared(3, 0.5, name="preferred_ft"), prepared(3, 0.5, name="dpo")
+        np.testing.assert_array_equal(batch.candidates.completion, pairs.candidates.completion)
+        np.testing.assert_array_equal(batch.where, [[True, False]] * 4)
+        logp = np.where(pairs.mask, jax.jit(view)(OTHER, pairs.candidates).token_logp, 0).sum(-1)
+        loss, _, _ = gradient(batch, OTHER, name="preferred_ft")
+        assert float(loss) == pytest.approx(-logp[:, 0].mean(), rel=1e-5)
+
+    def test_the_classes_of_kto_are_balanced_as_the_paper_advises(self):
+        """Over random labels and masks: the rarer class weighs more, no more than it must, the other one 1."""
+        rng, seen = np.random.default_rng(0), set()
+        now = Round(feedback=Feedback(reward=jnp.zeros((48, 2))), beta=0.5, key=jax.random.key(0), round=jnp.int32(0),
+                    memory=None, view=view)  # fmt: skip
+        weigh = jax.jit(lambda batch: balanced(now, batch).advantage)
+        batch = prepared(0, 0.5, name="kto", num=48)
+        for odds in np.repeat([0.01, 0.2, 0.5, 0.54, 0.6, 0.95], 8):
+            good, where = rng.random((48, 2)) < odds, rng.random((48, 2)) < 0.8
+            weight = np.asarray(weigh(batch.change(reward=np.float32(good), where=where)))
+            counts = (where & good).sum(), (where & ~good).sum()
+            desirable, undesirable = weight[good], weight[~good]
+            if not all(counts):
+                np.testing.assert_array_equal(weight, 1)
+                continue
+            assert np.ptp(desirable) == np.ptp(undesirable) == 0
+            assert min(desirable[0], undesirable[0]) == 1
+            ratio = counts[0] * desirable[0] / (counts[1] * undesirable[0])
+            expected = min(max(counts[0] / counts[1], 1.0), 4 / 3)
+            assert ratio == pytest.approx(expected, rel=1e-5)
+            seen.add(round(expected, 3) if expected in (1, 4 / 3) else 0)
+        assert seen == {0, 1, 1.333}
+
+    def test_the_loss_of_kto_counts_by_the_weights_of_its_classes(self):
+        """A quarter is desirable, so it weighs three times as much."""
+        quarter = lambda c: Feedback(reward=score(c).reward, correct=jnp.arange(8)[:, None] + jnp.zeros((1, 2)) < 2)
+        batch = prepared(0, 0.5, name="kto", num=8, score=quarter)
+        ratio = np.where(batch.candidates.completion_mask, jax.jit(view)(OTHER, batch.candidates).token_logp
+                         - batch.ref.token_logp, 0).sum(-1)  # fmt: skip
+        gain = 0.5 * (ratio[:, 0] - max(ratio[:, 1].mean(), 0))
+        sign, weight = np.where(np.arange(8) < 2, -1, 1), np.where(np.arange(8) < 2, 3.0, 1.0)
+        for name in ("kto", "online_kto"):
+            loss, _, _ = gradient(batch, OTHER, name=name)
+            assert float(loss) == pytest.approx((weight / (1 + np.exp(-sign * gain))).mean(), rel=1e-5)
 
     def test_a_sampler_that_is_not_the_reference_is_corrected(self):
         method = get_method("tilted_mle")
@@ -407,6 +482,7 @@ class TestRecord:
             ({"units": "metres"}, "units must be one of"),
             ({"epochs": 0}, "epochs must be at least 1, got 0"),
             ({"critics": -1}, "critics must be at least 0, got -1"),
+            ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
             ({"resample": -1}, "resample must be at least 0, got -1"),
             ({"cross": 2}, "cross must be 1 where a prompt has several candidates, got 2"),
         ):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import chex
 
 from tiltjax.data.candidates import Candidates
-from tiltjax.ops.checks import check_at_least, check_choice
+from tiltjax.ops.checks import check_at_least, check_choice, check_positive
 from tiltjax.ops.masked import Average
 from tiltjax.train.state import TrainState
 from tiltjax.types import Array, Bool, Float, Int, Numeric, Params, PRNGKey, PyTree
@@ -257,6 +257,8 @@ class Method:
       resample: Most times that a round draws further prompts in place of those whose candidates all have one reward.
         Only a loop on the host can; inside one `jax.jit` the label masks them.
       mixture: Share of the reference in the source "mixture".
+      temperature: Softmax temperature at which candidates are drawn, > 0. Every view takes its log-probabilities there
+        too, so that policy, reference and sampler are laws of one kind.
       beta: The paper's strength of the KL term.
       learning_rate: The paper's, for fine-tuning a language model; None where it gives none.
       units: Of ``beta``: "reward", or "preference", a probability, where what is climbed is a win rate.
@@ -283,6 +285,7 @@ class Method:
     critics: int = 0
     resample: int = 0
     mixture: float = 0.5
+    temperature: float = 1.0
     beta: float = 0.1
     learning_rate: float | None = None
     units: str = "reward"
@@ -299,6 +302,7 @@ class Method:
             check_at_least(field, getattr(self, field), 1)
         for field in ("critics", "resample"):
             check_at_least(field, getattr(self, field), 0)
+        check_positive("temperature", self.temperature)
         check_at_least("rounds", self.rounds, 1)
         check_at_least("reference.every", self.reference.every, 1)
         if self.cross > 1 and self.num_candidates != 1:

@@ -27,9 +27,11 @@ from tiltjax.types import Array, Float, Int, Numeric
 
 __all__ = [
     "actor_critic",
+    "balanced",
     "best_and_worst",
     "centred",
     "chain",
+    "chosen",
     "desirable",
     "drawn_logp",
     "first_source",
@@ -167,6 +169,12 @@ def judged(now: Round, batch: Batch) -> Batch:
     return select(batch, jnp.where(first, jnp.array([[0, 1]]), jnp.array([[1, 0]])))
 
 
+def chosen(now: Round, batch: Batch) -> Batch:
+    """Of two candidates that one noisy comparison put in order, only the chosen counts."""
+    batch = judged(now, batch)
+    return batch.change(where=batch.where & jnp.array([[True, False]]))
+
+
 def ranked(now: Round, batch: Batch) -> Batch:
     """All candidates, put in the order of one noisy ranking: Plackett and Luce's, of the rewards in nats."""
     noise = jax.random.gumbel(now.key, batch.reward.shape, batch.reward.dtype)
@@ -183,6 +191,23 @@ def desirable(now: Round, batch: Batch) -> Batch:
         correct = jax.random.bernoulli(now.key, jax.nn.sigmoid(batch.reward))
     own = jnp.arange(batch.where.shape[1])[None] == 0
     return batch.change(reward=correct.astype(batch.reward.dtype), where=batch.where & own)
+
+
+def balanced(now: Round, batch: Batch) -> Batch:
+    """The advantage is the weight of a candidate's class, desirable or not: KTO's rule for classes of unequal size.
+
+    The rarer class weighs more, and as little more as brings the ratio of weighted counts, desirable to undesirable,
+    into [1, 4/3] (Ethayarajh et al., 2024, arXiv:2402.01306). Counts are those of the round: of the whole
+    data set where the method is offline, of the mini-batch where it is online. Where a class is empty, all weigh 1.
+    """
+    good = batch.reward > 0
+    number = jnp.sum(batch.where & good), jnp.sum(batch.where & ~good)
+    ratio = number[0] / jnp.maximum(number[1], 1)
+    # The factor of the desirable by which the ratio gets to the nearer end of the interval; 1 inside.
+    factor = jnp.clip(ratio, 1.0, 4 / 3) / jnp.where(ratio > 0, ratio, 1)
+    factor = jnp.where((number[0] > 0) & (number[1] > 0), factor, 1)
+    weight = jnp.where(good, jnp.maximum(factor, 1), jnp.maximum(1 / factor, 1))
+    return batch.change(advantage=weight)
 
 
 def win_rates(now: Round, batch: Batch) -> Batch:

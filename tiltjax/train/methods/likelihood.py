@@ -7,7 +7,7 @@ from tiltjax.advantages import leave_one_out
 from tiltjax.losses import mle
 from tiltjax.tilt.partition import leave_one_out_log_partition
 from tiltjax.train.method import Batch, Method
-from tiltjax.train.methods.labels import implied, logp_of, per_completion
+from tiltjax.train.methods.labels import chosen, implied, logp_of, per_completion
 from tiltjax.types import Array, Numeric
 
 __all__ = ["LIKELIHOOD"]
@@ -70,6 +70,8 @@ ONLINE = (("current", 16),)
 LIKELIHOOD = (
     Method("sft", "Ouyang et al., 2022, arXiv:2203.02155", per_completion(sft), (("data", 1),), "demonstrations",
            rounds=1, reads_reference=False, learning_rate=2e-5),
+    Method("preferred_ft", "Rafailov et al., 2023, arXiv:2305.18290", per_completion(sft), (("initial", 2),),
+           "preference", label=chosen, rounds=1, reads_reference=False, learning_rate=1e-6, optimum="none"),
     Method("tilted_mle_offline", JIAO, per_completion(tilted), OFFLINE, rounds=1, reads_reference=False),
     Method("tilted_mle_iterated", JIAO, per_completion(tilted), ONLINE, label=implied, rounds=4),
     Method("tilted_mle", JIAO, per_completion(tilted), ONLINE, label=implied),
@@ -89,4 +91,4 @@ LIKELIHOOD = (
     Method("awr", "Peng et al., 2019, arXiv:1910.00177", per_completion(awr), OFFLINE, rounds=1, reads_reference=False,
            beta=0.05),
 )  # fmt: skip
-"""SFT, weighted maximum likelihood and rejection sampling: offline, iterated and online."""
+"""SFT, on the chosen of pairs as well, weighted maximum likelihood and rejection sampling, each at its own pace."""

@@ -64,10 +64,13 @@ def _critics(view: View, batch: Batch) -> Average:
     return pg.aggregate(values, batch.mask, mode="token_mean", where=batch.where)
 
 
-def _ppo_loss(view: View, batch: Batch, beta: Numeric) -> Average:
-    actor = surrogate(_clip, mode="token_mean")(view, batch, beta)
+def _with_critics(actor: Average, view: View, batch: Batch) -> Average:
     critic = _critics(view, batch)
     return Average(total=actor.total + VALUE_WEIGHT * critic.total, count=actor.count)
+
+
+def _ppo_loss(view: View, batch: Batch, beta: Numeric) -> Average:
+    return _with_critics(surrogate(_clip, mode="token_mean")(view, batch, beta), view, batch)
 
 
 def _ppo(now: Round, batch: Batch) -> Batch:
@@ -143,6 +146,17 @@ def _prime(now: Round, batch: Batch) -> Batch:
     return batch.change(advantage=prime_advantage(process, batch.reward, batch.mask))
 
 
+def _mdpo(now: Round, batch: Batch) -> Batch:
+    # Not whitened: the advantages are divided by beta, which is in reward units.
+    advantage, returns = actor_critic(batch.reward, batch, beta=now.beta)
+    return batch.change(advantage=advantage, returns=returns[..., None])
+
+
+def _mdpo_loss(view: View, batch: Batch, beta: Numeric) -> Average:
+    values = pg.mdpo_loss(view.token_logp, batch.old.token_logp, batch.advantage, batch.mask, beta=beta)
+    return _with_critics(pg.aggregate(values, batch.mask, mode="token_mean", where=batch.where), view, batch)
+
+
 def _mdloo_loss(view: View, batch: Batch, beta: Numeric) -> Average:
     arrays = (view.token_logp, batch.old.token_logp, batch.advantage, batch.mask)
     values = pg.mdloo_loss(*arrays, beta=beta)
@@ -185,6 +199,9 @@ POLICY_GRADIENT = (
            critics=1, beta=0.05, learning_rate=3e-6),
     Method("ppo_ptx", "Ouyang et al., 2022, arXiv:2203.02155", _ptx_ppo_loss, (("current", 3), ("corpus", 1)),
            label=first_source, advantage=_ppo, epochs=4, critics=1, beta=0.02, learning_rate=9e-6),
+    # The paper's step size 1 / beta falls linearly from 1; here it is the strength of the KL in the reward throughout.
+    Method("mdpo", "Tomar et al., 2020, arXiv:2005.09814", _mdpo_loss, (("current", 1),), advantage=_mdpo, epochs=10,
+           critics=1, beta=0.05),
     Method("mdloo", "Gunter et al., 2024, arXiv:2407.21075", _mdloo_loss, (("current", 8),), label=regularised,
            advantage=left_out, epochs=4, beta=0.05),
     Method("safe_rlhf", "Dai et al., 2023, arXiv:2310.12773", _ppo_loss, (("current", 1),), advantage=_safe,

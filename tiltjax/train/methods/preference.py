@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from tiltjax.losses import binary, preference
 from tiltjax.ops.masked import Average, average
 from tiltjax.train.method import Batch, Loss, Method, ReferenceUpdate, View
-from tiltjax.train.methods.labels import best_and_worst, desirable, judged, lengths, logp_of, per_completion, ranked
+from tiltjax.train.methods.labels import (
+    balanced,
+    best_and_worst,
+    desirable,
+    judged,
+    lengths,
+    logp_of,
+    per_completion,
+    ranked,
+)
 from tiltjax.types import Array, Numeric
 
 __all__ = ["PAIRWISE", "PREFERENCE"]
@@ -104,8 +113,9 @@ def _nca(logp: Array, batch: Batch, beta: Numeric) -> Array:
 def _kto(logp: Array, batch: Batch, beta: Numeric) -> Array:
     ratio = jax.lax.stop_gradient(logp - logp_of(batch.ref, batch))
     ref_logp, good = logp_of(batch.ref, batch)[:, 0], batch.reward[:, 0] > 0
-    where = batch.where[:, 0]
-    return binary.kto_loss(logp[:, 0], ref_logp, good, ratio[:, 1], beta=beta, where=where)
+    # The loss is a multiple of its lambda, so the weight of the example's class may be put on afterwards.
+    loss = binary.kto_loss(logp[:, 0], ref_logp, good, ratio[:, 1], beta=beta, where=batch.where[:, 0])
+    return batch.advantage[:, 0] * loss
 
 
 def _dpo_from_sampler(logp: Array, batch: Batch, beta: Numeric) -> Array:
@@ -128,8 +138,13 @@ _DPO = _offline("dpo")
 PREFERENCE = (
     *map(_offline, PAIRWISE),
     *map(_online, PAIRWISE),
-    Method("dpo_best_worst", "Swamy et al., 2025, arXiv:2503.01067", per_completion(_dpo_from_sampler),
-           (("current", 25),), "preference", label=best_and_worst, reads_reference=False, beta=0.05, learning_rate=3e-7,
+    # One drawing from the policy that training begins with, which is the reference: section B.1.1 and Table 3.
+    dataclasses.replace(_DPO, name="dpo_best_worst", paper="Swamy et al., 2025, arXiv:2503.01067",
+                        draw=(("initial", 25),), label=best_and_worst, temperature=0.1, beta=0.05, learning_rate=3e-7,
+                        optimum="none"),
+    # The paper draws three times, this record anew for every mini-batch; the reference is whoever drew.
+    Method("online_dpo_best_worst", "Yuan et al., 2024, arXiv:2401.10020", per_completion(_dpo_from_sampler),
+           (("current", 4),), "preference", label=best_and_worst, reads_reference=False, learning_rate=1e-6,
            optimum="none"),
     Method("plackett_luce", RAFAILOV, per_completion(_ranked), (("initial", 4),), "preference", label=ranked,
            rounds=1, learning_rate=1e-6),
@@ -140,9 +155,9 @@ PREFERENCE = (
     Method("online_info_nca", "Chen et al., 2024, arXiv:2402.05369", per_completion(_info_nca), (("current", 4),),
            learning_rate=5e-6),
     Method("kto", "Ethayarajh et al., 2024, arXiv:2402.01306", per_completion(_kto), (("initial", 1),), "binary",
-           label=desirable, rounds=1, cross=2, learning_rate=5e-6, optimum="none"),
+           label=desirable, advantage=balanced, rounds=1, cross=2, learning_rate=5e-6, optimum="none"),
     Method("online_kto", "Ethayarajh et al., 2024, arXiv:2402.01306", per_completion(_kto), (("current", 1),),
-           "binary", label=desirable, cross=2, learning_rate=5e-6, optimum="none"),
+           "binary", label=desirable, advantage=balanced, cross=2, learning_rate=5e-6, optimum="none"),
     dataclasses.replace(_DPO, name="tr_dpo_soft", paper="Gorbatovski et al., 2024, arXiv:2404.09656", rounds=16,
                         reference=ReferenceUpdate(every=1, alpha=0.6), optimum="none"),
     dataclasses.replace(_DPO, name="tr_dpo_hard", paper="Gorbatovski et al., 2024, arXiv:2404.09656", rounds=16,
