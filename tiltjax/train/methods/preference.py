@@ -115,6 +115,7 @@ def _kto(logp: Array, batch: Batch, beta: Numeric) -> Array:
     ref_logp, good = logp_of(batch.ref, batch)[:, 0], batch.reward[:, 0] > 0
     # The loss is a multiple of its lambda, so the weight of the example's class may be put on afterwards.
     loss = binary.kto_loss(logp[:, 0], ref_logp, good, ratio[:, 1], beta=beta, where=batch.where[:, 0])
+    assert batch.advantage is not None
     return batch.advantage[:, 0] * loss
 
 
