@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,17 @@ from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Params
 
-__all__ = ["adapters", "bucketed", "host_data", "optimizer", "packed", "training_data", "tune", "whole"]
+__all__ = [
+    "adapters",
+    "bucketed",
+    "fingerprint_of",
+    "host_data",
+    "optimizer",
+    "packed",
+    "training_data",
+    "tune",
+    "whole",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,6 +79,12 @@ def adapters(world: World) -> tuple[Params, Params]:
         return world.model, None
     key = jax.random.fold_in(jax.random.key(config.seed), 4)
     return lora.partition(lora.add(key, world.model, rank=config.lora_rank), lora.is_adapter)
+
+
+def fingerprint_of(world: World) -> str:
+    """Of everything that decides the parameters after a step: candidates, what else the method needs, its settings."""
+    parts = (world.fingerprint, world.given.fingerprint, world.config.fingerprint())
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def whole(trained: Params, frozen: Params) -> Transformer:
@@ -251,5 +268,6 @@ def tune(world: World, drawn: Candidates) -> Transformer:
         frozen=read,
         resume=config.resume,
         checkpoint_every=config.checkpoint_every,
+        fingerprint=fingerprint_of(world),
     )
     return whole(distributed.replicate(state.params, world.mesh), frozen)

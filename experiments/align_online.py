@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments.align_config import AlignConfig, record_of
-from experiments.align_fit import adapters, optimizer, whole
+from experiments.align_fit import adapters, fingerprint_of, optimizer, whole
 from experiments.align_given import NEEDS, feedback, load_given
 from experiments.align_world import World
 from tiltjax.data import text
@@ -21,6 +21,7 @@ from tiltjax.data.candidates import Candidates, concatenate, pad, take
 from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import checkpoint, distributed, rounds
+from tiltjax.train.finite import check_candidates
 from tiltjax.train.method import Feedback, Method, Players
 from tiltjax.train.metrics import Journal
 from tiltjax.train.policy import at_work, model_sample, model_view, with_critics
@@ -52,8 +53,8 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
     count = record.rounds or config.steps
     tx = optimizer(config, epochs=record.epochs)
     (players, frozen), first = _players(world, record, tx), 0
-    folder = world.directory / "checkpoints"
-    if config.resume and (first := checkpoint.latest(folder) or 0):
+    folder, fingerprint = world.directory / "checkpoints", fingerprint_of(world)
+    if config.resume and (first := checkpoint.latest(folder, fingerprint=fingerprint) or 0):
         players = checkpoint.restore(folder, first, players)
     draw = _drawing(world, record, minibatches=config.steps // count)
     fit = _fitting(world, record, players, frozen, tx, minibatches=config.steps // count)
@@ -65,7 +66,7 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
     silent = not distributed.is_main()
     with (
         Journal(world.directory, resume_step=first if first else None) as journal,
-        checkpoint.Saver(folder) as saver,
+        checkpoint.Saver(folder, fingerprint=fingerprint) as saver,
         tqdm(total=count, initial=first, desc=config.method, unit="round", disable=silent) as bar,
     ):
         for r in range(first, count):
@@ -172,6 +173,8 @@ def _drawing(
 
     def end(rows: Int[Array, " B"], begun: list[Candidates]) -> tuple[Candidates, Feedback]:
         drawn = jax.device_get(rounds.join(record, take(asked, rows), distributed.fetch(begun)))
+        if drawn.old_token_logp is not None:
+            check_candidates("sample", "the log-probability", drawn.old_token_logp, rows)
         return drawn, feedback(world, record, rows, drawn)
 
     def minibatch(players: Players, key: PRNGKey, step: int, begun: list) -> tuple[Candidates, Feedback, int]:

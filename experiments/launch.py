@@ -105,11 +105,18 @@ def prepare_process() -> None:
     directory of the flag ``compilation_cache``, or where there is no such flag, in `tiltjax.train.hardware.CACHE`.
     """
     absl_logging.set_verbosity(absl_logging.WARNING)
+    if not os.environ.get("TILTJAX_TRACEBACK"):
+        absl_logging.get_absl_logger().addFilter(_raised_anyway)
     for name in ("tiltjax", "experiments"):
         logging.getLogger(name).setLevel(logging.INFO)
     told = flags.FLAGS
     compilation_cache(str(told["compilation_cache"].value) if "compilation_cache" in told else CACHE)
     return_memory_after_compiling()
+
+
+def _raised_anyway(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that threads of Orbax log before the error is raised where it is waited for."""
+    return not ("orbax" in record.pathname and record.exc_info)
 
 
 def check_run(config: Any, *, free: Collection[str]) -> pathlib.Path:

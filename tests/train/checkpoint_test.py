@@ -74,6 +74,48 @@ def test_damaged_checkpoint_gives_way_to_the_last_whole_one(tmp_path, caplog, ha
     chex.assert_trees_all_equal(checkpoint.restore(tmp_path, 1, state_at(0)), state_at(1))
 
 
+@pytest.mark.robustness(
+    "Runs",
+    given="a checkpoint of another run in the directory of a run",
+    outcome="refused with its folder; nothing of it is restored",
+)
+def test_the_checkpoint_of_another_run_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "mine", 1, {"w": jnp.ones(2)}, fingerprint="a")
+    assert checkpoint.latest(tmp_path / "mine", fingerprint="a") == 1
+    checkpoint.save(tmp_path / "other", 2, {"w": jnp.zeros(2)}, fingerprint="b")
+    checkpoint.save(tmp_path / "old", 3, {"w": jnp.zeros(2)})
+    for other, made_by in (("other", "b"), ("old", "missing")):
+        shutil.copytree(tmp_path / other, tmp_path / "mine", dirs_exist_ok=True)
+        with pytest.raises(ValueError, match=rf"mine/\d: checkpoint of another run, .* fingerprint is {made_by}"):
+            checkpoint.latest(tmp_path / "mine", fingerprint="a")
+
+
+@pytest.mark.robustness(
+    "Runs",
+    given="a directory that loses its write permission, or a disk that is full, while a checkpoint is written",
+    outcome="one line with the folder, exit status 2, and no thread that keeps the process; earlier checkpoints stay",
+)
+@pytest.mark.parametrize("when", ["at its directory", "at its arrays"])
+def test_what_cannot_be_written_is_one_line_and_leaves_no_thread(tmp_path, monkeypatch, when):
+    checkpoint.save(tmp_path, 1, {"w": jnp.ones(2)})
+    before = set(threading.enumerate())
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device [spec={...}]\nTraceback")
+
+    target = "os.makedirs" if when == "at its directory" else "tensorstore.open"
+    monkeypatch.setattr(target, fail)
+    with pytest.raises(OSError, match=r"checkpoint cannot be written: .*No space left") as error:
+        checkpoint.save(tmp_path, 2, {"w": jnp.ones(2)})
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path) == 1
+    left = [t for t in set(threading.enumerate()) - before if not t.daemon and "ThreadPool" not in t.name]
+    for thread in left:
+        thread.join(timeout=5)
+    assert not [t.name for t in left if t.is_alive()]
+
+
 def test_checkpoint_cut_off_while_written_is_ignored(tmp_path, caplog):
     checkpoint.save(tmp_path, 1, state_at(1))
     shutil.copytree(tmp_path / "1", tmp_path / ".part-2")

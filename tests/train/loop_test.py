@@ -11,6 +11,7 @@ import pytest
 
 from tiltjax.ops.masked import average
 from tiltjax.train import checkpoint
+from tiltjax.train.finite import NonFiniteError
 from tiltjax.train.loop import epoch_batches, fit
 from tiltjax.train.metrics import Journal, MetricsWriter, bootstrap_interval
 from tiltjax.train.state import init_state
@@ -130,6 +131,51 @@ def test_after_a_line_that_was_not_written_none_is(tmp_path, monkeypatch, proces
             with pytest.raises(OSError, match="disk full"):
                 line.written()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": 0.0}\n'
+
+
+def stepping(directory, *, at, loss=1.0, grad_norm=1.0, weight=0.0, steps=9):
+    """A fit of steps that compute nothing, except that step ``at`` has these scalars and adds ``weight``."""
+
+    def step_fn(state, batch, key, frozen):
+        bad = batch == at
+        state = state.replace(step=state.step + 1, params={"w": state.params["w"] + (weight if bad else 0.0)})
+        return state, {"loss": jnp.float32(loss if bad else 1), "grad_norm": jnp.float32(grad_norm if bad else 1)}
+
+    options = {"key": jax.random.key(0), "num_steps": steps, "checkpoint_every": 2, "progress": False}
+    return fit(init_state({"w": jnp.zeros(2)}, TX), lambda i: i, step_fn=step_fn, directory=directory, **options)
+
+
+@pytest.mark.robustness(
+    "Numbers",
+    given="a loss or a gradient that is NaN or infinite at a training step",
+    outcome="the run ends with the step and the name; the last checkpoint is from before it, its metrics end before it",
+)
+@pytest.mark.parametrize(
+    ("at", "scalars", "said", "last"),
+    [
+        (6, {"loss": np.nan}, "step 6: loss is nan", 6),
+        (5, {"grad_norm": np.inf}, "step 5: grad_norm is inf", 4),
+        (8, {"loss": -np.inf, "grad_norm": np.nan}, "step 8: grad_norm is nan, loss is -inf", 8),
+    ],
+)
+def test_a_scalar_that_is_not_finite_ends_the_run(tmp_path, at, scalars, said, last):
+    with pytest.raises(NonFiniteError, match=said):
+        stepping(tmp_path, at=at, **scalars)
+    assert checkpoint.latest(tmp_path / "checkpoints") == last
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [*range(at)]
+
+
+@pytest.mark.robustness(
+    "Numbers",
+    given="a parameter that becomes NaN or infinite while loss and gradient are finite",
+    outcome="no checkpoint has it, and the run ends with the step and the name of the parameter",
+)
+@pytest.mark.parametrize(("at", "last"), [(5, 4), (8, 8)])
+def test_parameters_that_are_not_finite_are_not_kept(tmp_path, at, last):
+    with pytest.raises(NonFiniteError, match=rf"step {at + 1}: params\['w'\] is not finite"):
+        stepping(tmp_path, at=at, weight=np.inf)
+    assert checkpoint.latest(tmp_path / "checkpoints") == last
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} <= {str(last - 2), str(last)}
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):

@@ -11,6 +11,7 @@ from tests.train.worlds import ragged_candidates, tiny_model
 from tiltjax.data import candidates as batches
 from tiltjax.samplers.decode import Decoded
 from tiltjax.train import rollout
+from tiltjax.train.finite import NonFiniteError
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
 from tiltjax.train.sharding import batch_sharding, make_mesh, shard
 
@@ -116,6 +117,29 @@ def test_a_reward_that_fails_costs_no_candidate(tmp_path):
     assert [rows for event, rows in second.events if event == "rewarded"] == [[2, 3], [4]]
     assert second.calls == 1
     chex.assert_trees_all_equal(out, gather(Counted(), reward=length_reward([])))
+
+
+@pytest.mark.robustness(
+    "Numbers",
+    given="a log-probability that is NaN or infinite, of the sampler or of the scorer",
+    outcome="the run ends with the name, the prompt and the candidate; the batch is not kept",
+)
+def test_a_log_probability_that_is_not_finite_is_named(tmp_path):
+    def sampler(*arguments):
+        drawn = Counted()(*arguments)
+        bad = (np.asarray(arguments[-1]) == 3)[:, None, None] & (np.arange(N) == 1)[:, None]
+        return dataclasses.replace(drawn, token_logp=np.where(bad, np.nan, drawn.token_logp))
+
+    with pytest.raises(NonFiniteError, match="sample: the log-probability is nan at prompt 3, candidate 1"):
+        gather(sampler, directory=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["00000.npz"]
+
+    def minus_infinity(model, part):
+        return np.where(np.asarray(part.prompt)[:, :1] == 1, -np.inf, np.zeros(part.completion.shape[:2], np.float32))
+
+    candidates = batches.from_tokens([[5], [7], [1], [9]], [[[3]] * N] * 4, pad_id=PAD)
+    with pytest.raises(NonFiniteError, match="judge: what the model says is -inf at prompt 2, candidate 0"):
+        score_all(None, candidates, batch_size=2, scorer=minus_infinity, description="judge")
 
 
 def test_buckets_move_nothing_but_padding(caplog, tmp_path):

@@ -1,5 +1,7 @@
 """Orbax checkpoints that are either whole or ignored."""
 
+import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -7,7 +9,7 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tiltjax.train import distributed
+from tiltjax.train.finite import check_leaves, finite_leaves
 from tiltjax.types import PyTree
 
 __all__ = ["Saver", "latest", "restore", "save"]
@@ -25,8 +28,10 @@ _MANIFEST = "manifest.json"
 _LOG = logging.getLogger(__name__)
 
 
-def save(directory: str | os.PathLike, step: int, tree: PyTree, *, keep: int = 2) -> pathlib.Path:
-    """Writes a checkpoint, and takes it into account only when it is whole.
+def save(
+    directory: str | os.PathLike, step: int, tree: PyTree, *, keep: int = 2, fingerprint: str = ""
+) -> pathlib.Path:
+    """Writes a checkpoint, and takes it into account only when it is whole and all its numbers are finite.
 
     Arrays go into a temporary folder through Orbax; a manifest with the size and checksum of every file is added, and
     the folder gets its name ``<directory>/<step>`` by one rename. With several hosts all of them call this, on a
@@ -37,11 +42,16 @@ def save(directory: str | os.PathLike, step: int, tree: PyTree, *, keep: int = 2
       step: Names the checkpoint.
       tree: Pytree of arrays, sharded or not.
       keep: How many of the newest checkpoints stay.
+      fingerprint: Of the run; `latest` refuses the checkpoint to any other.
 
     Returns:
       The folder of this checkpoint.
+
+    Raises:
+      NonFiniteError: If a number of ``tree`` is not finite.
+      OSError: If it cannot be written.
     """
-    return _finish(_begin(pathlib.Path(directory).absolute(), step, tree), keep)
+    return _finish(_begin(pathlib.Path(directory).absolute(), step, tree), keep, fingerprint)
 
 
 class Saver:
@@ -53,10 +63,11 @@ class Saver:
     Args:
       directory: Of all checkpoints of a run.
       keep: How many of the newest checkpoints stay.
+      fingerprint: Of the run.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
-        self._root, self._keep = pathlib.Path(directory).absolute(), keep
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, fingerprint: str = ""):
+        self._root, self._keep, self._fingerprint = pathlib.Path(directory).absolute(), keep, fingerprint
         self._thread = futures.ThreadPoolExecutor(1)
         self._pending: Callable[[], pathlib.Path] | None = None
 
@@ -86,7 +97,7 @@ class Saver:
             distributed.together(after)
         # The arrays of a CPU are read where they lie, and the next step may overwrite them.
         begun = _begin(self._root, step, jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree)
-        finish = functools.partial(_finish, begun, self._keep)
+        finish = functools.partial(_finish, begun, self._keep, self._fingerprint)
         self._pending = finish if several else self._thread.submit(finish, after).result
 
     def wait(self) -> None:
@@ -96,17 +107,34 @@ class Saver:
             pending()
 
 
-def latest(directory: str | os.PathLike) -> int | None:
+def latest(directory: str | os.PathLike, *, fingerprint: str | None = None) -> int | None:
     """Step of the newest whole checkpoint; broken ones are passed over with a logged warning.
 
     Args:
       directory: Of all checkpoints of a run; need not exist.
+      fingerprint: Of the run; None takes the checkpoints of any.
 
     Returns:
       The step, or None where there is no whole checkpoint; with several hosts, as process 0 sees it.
+
+    Raises:
+      ValueError: If it is the checkpoint of another run.
     """
-    step = distributed.agree(_latest(pathlib.Path(directory).absolute()) if distributed.is_main() else -1)
-    return None if step < 0 else step
+    root = pathlib.Path(directory).absolute()
+    step = distributed.agree(_latest(root) if distributed.is_main() else -1)
+    if step < 0:
+        return None
+
+    def check() -> None:
+        made_by = _manifest(root / str(step)).get("fingerprint", "")
+        if fingerprint is not None and made_by != fingerprint:
+            raise ValueError(
+                f"{root / str(step)}: checkpoint of another run, made with other settings, policy, data or reward "
+                f"(its fingerprint is {made_by or 'missing'}, that of this run {fingerprint})"
+            )
+
+    distributed.together(check)
+    return step
 
 
 def restore(directory: str | os.PathLike, step: int, like: PyTree) -> PyTree:
@@ -141,7 +169,24 @@ def restore(directory: str | os.PathLike, step: int, like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in wanted])
 
 
-def _begin(root: pathlib.Path, step: int, tree: PyTree) -> tuple[ocp.StandardCheckpointer, pathlib.Path, int]:
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A checkpoint that is being written.
+
+    Attributes:
+      checkpointer: Writes it.
+      part: The folder that it is written into.
+      step: Its name.
+      finite: Paths of its leaves, and whether each is finite.
+    """
+
+    checkpointer: ocp.StandardCheckpointer
+    part: pathlib.Path
+    step: int
+    finite: tuple[list[str], jax.Array]
+
+
+def _begin(root: pathlib.Path, step: int, tree: PyTree) -> _Begun:
     """Copies the arrays to the host and begins to write them."""
     part = root / f".part-{step}"
 
@@ -150,24 +195,32 @@ def _begin(root: pathlib.Path, step: int, tree: PyTree) -> tuple[ocp.StandardChe
         part.mkdir(parents=True)
 
     distributed.by_main(make_room)
-    checkpointer = ocp.StandardCheckpointer()
-    checkpointer.save(part / "state", distributed.replicate(_flat(tree)))
-    return checkpointer, part, step
+    arrays = distributed.replicate(_flat(tree))
+    finite = finite_leaves(arrays)
+    # Directories that are made in the background leave threads that wait for ever where they cannot be made.
+    checkpointer = ocp.StandardCheckpointer(async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
+    with _removed_on_error(part), _one_line(part), contextlib.ExitStack() as undo:
+        undo.callback(checkpointer.close)
+        checkpointer.save(part / "state", arrays)
+        undo.pop_all()
+    return _Begun(checkpointer, part, step, finite)
 
 
 def _finish(
-    begun: tuple[ocp.StandardCheckpointer, pathlib.Path, int], keep: int, after: Callable[[], object] = lambda: None
+    begun: _Begun, keep: int, fingerprint: str = "", after: Callable[[], object] = lambda: None
 ) -> pathlib.Path:
     """Waits until all is written, then lets the checkpoint count."""
-    checkpointer, part, step = begun
-    with checkpointer:
-        checkpointer.wait_until_finished()
-    after()
+    part, step = begun.part, begun.step
+    with _removed_on_error(part):
+        with _one_line(part), begun.checkpointer:
+            begun.checkpointer.wait_until_finished()
+        after()
+        check_leaves(f"step {step}", begun.finite[0], distributed.fetch(begun.finite[1]))
     root, final = part.parent, part.parent / str(step)
 
     def give_name():
         files = {str(p.relative_to(part)): [p.stat().st_size, _checksum(p)] for p in _files(part)}
-        (part / _MANIFEST).write_text(json.dumps({"step": step, "files": files}))
+        (part / _MANIFEST).write_text(json.dumps({"step": step, "fingerprint": fingerprint, "files": files}))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
         for old in _steps(root)[:-keep]:
@@ -176,6 +229,29 @@ def _finish(
     distributed.barrier(f"checkpoint {step} written")
     distributed.by_main(give_name)
     return final
+
+
+@contextlib.contextmanager
+def _removed_on_error(part: pathlib.Path) -> Iterator[None]:
+    """Leaves nothing of a checkpoint that does not become one; does not communicate."""
+    try:
+        yield
+    except Exception:
+        if distributed.is_main():
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _one_line(part: pathlib.Path) -> Iterator[None]:
+    """Makes one line of what Orbax and TensorStore say when they cannot write, with all their settings."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise  # Of the hosts' communication: see `tiltjax.train.distributed.ends_with_the_others`.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].partition(" [")[0]
+        raise OSError(f"{part}: checkpoint cannot be written: {reason}") from error
 
 
 def _latest(root: pathlib.Path) -> int:
@@ -214,10 +290,14 @@ def _checksum(path: pathlib.Path) -> int:
     return value
 
 
+def _manifest(folder: pathlib.Path) -> dict[str, Any]:
+    return json.loads((folder / _MANIFEST).read_text())
+
+
 def _fault(folder: pathlib.Path) -> str | None:
     try:
-        files = json.loads((folder / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = _manifest(folder)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
         return "its manifest is missing or unreadable"
     for name, (size, checksum) in files.items():
         path = folder / name

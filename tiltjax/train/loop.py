@@ -26,6 +26,7 @@ def fit(
     frozen: Params = None,
     resume: bool = False,
     checkpoint_every: int = 50,
+    fingerprint: str = "",
     progress: bool = True,
 ) -> TrainState:
     """Runs the step until ``num_steps``, writing metrics and checkpoints on the way.
@@ -33,7 +34,8 @@ def fit(
     Everything a step uses is a function of its number: batch ``batches(step)``, key ``fold_in(key, step)``. So a run
     that is killed at any moment and resumed ends with the same bits as one that was not: a checkpoint counts when the
     metrics of its steps are written. With several hosts all of them call this; process 0 writes, and if it cannot,
-    every one of them ends at the next checkpoint.
+    every one of them ends at the next checkpoint. Where a scalar or the state is not finite, the run ends with the step
+    and the name, and no checkpoint has it.
 
     Args:
       state: The initial state; on resume its structure, types and places are those of the restored one.
@@ -45,19 +47,28 @@ def fit(
       frozen: Handed to every step.
       resume: Whether to go on from the newest whole checkpoint, if there is one.
       checkpoint_every: Steps between checkpoints; the last step always writes one.
+      fingerprint: Of the run: a checkpoint of another one is refused.
       progress: Whether to show a progress bar.
 
     Returns:
       The final state.
+
+    Raises:
+      NonFiniteError: If the loss, the norm of the gradient, another scalar or the state is not finite.
+      ValueError: If the checkpoint to go on from is of another run.
+      OSError: If a file cannot be written.
     """
     folder = os.path.join(directory, "checkpoints")
-    start = (checkpoint.latest(folder) if resume else None) or 0
+    start = (checkpoint.latest(folder, fingerprint=fingerprint) if resume else None) or 0
     if start:
         state = checkpoint.restore(folder, start, state)
     steps = tqdm(range(start, num_steps), initial=start, total=num_steps, desc="fit", unit="step",
                  disable=not (progress and distributed.is_main()))  # fmt: skip
     line: Line | None = None
-    with Journal(directory, resume_step=start if resume else None) as journal, checkpoint.Saver(folder) as saver:
+    with (
+        Journal(directory, resume_step=start if resume else None) as journal,
+        checkpoint.Saver(folder, fingerprint=fingerprint) as saver,
+    ):
         for step in steps:
             state, scalars = step_fn(state, batches(step), jax.random.fold_in(key, step), frozen)
             if line:  # One step behind: reading a scalar never holds the device up.

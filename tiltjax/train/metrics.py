@@ -14,6 +14,7 @@ import numpy as np
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train import distributed
 from tiltjax.train.config import write_text
+from tiltjax.train.finite import check_scalars
 from tiltjax.types import Array, Float
 
 __all__ = ["Interval", "Journal", "Line", "MetricsWriter", "bootstrap_interval"]
@@ -65,7 +66,7 @@ class Line:
     _written: Future[None]
 
     def values(self) -> dict[str, float]:
-        """Waits for its numbers.
+        """Waits for its numbers; raises `tiltjax.train.finite.NonFiniteError` on every host if one is not finite.
 
         One process is told here if it could not be written. With several, where process 0 would be the only one to be
         told while the others go on without it, `written` tells, at a place where all of them ask.
@@ -95,8 +96,8 @@ class Journal:
         self._last: Future[None] | None = None
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> Line:
-        """Begins a line; waits for nothing."""
-        values = self._clerk.submit(_floats, scalars)
+        """Begins a line; waits for nothing. One with a number that is not finite is not written, nor any after it."""
+        values = self._clerk.submit(_floats, step, scalars)
         self._last = self._clerk.submit(self._write, step, values, self._last)
         return Line(values, self._last)
 
@@ -115,8 +116,10 @@ class Journal:
             self._writer.__exit__(*exception)
 
 
-def _floats(scalars: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in jax.device_get(scalars).items()}
+def _floats(step: int, scalars: Mapping[str, Any]) -> dict[str, float]:
+    values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+    check_scalars(f"step {step}", values)
+    return values
 
 
 def _whole_lines(path: pathlib.Path, before: int) -> list[str]:

@@ -24,6 +24,7 @@ from tiltjax.ops.tokens import sequence_logp
 from tiltjax.samplers.continuous import decode_queue, grid_of
 from tiltjax.samplers.decode import Decoded, candidate_keys, decode
 from tiltjax.train import distributed
+from tiltjax.train.finite import check_candidates
 from tiltjax.types import Array, Bool, Float, Int, Params, PRNGKey, PyTree
 
 __all__ = ["collect", "make_sampler", "make_scorer", "narrow", "overlapped", "score_all", "whole_on_every_host"]
@@ -220,6 +221,7 @@ def collect(
 
     Raises:
       ValueError: If a kept batch is damaged, of another fingerprint or of other prompts.
+      NonFiniteError: If a log-probability is not finite; its batch is not kept.
     """
     model = narrow(model)
     tokens, mask = batches.pad(prompts, pad_id=pad_id)
@@ -262,6 +264,7 @@ def collect(
                 name: getattr(drawn, name)[: len(rows)] for name in ("completion", "completion_mask", "token_logp")
             }
             drawn["old_token_logp"] = drawn.pop("token_logp")
+            check_candidates(description, "the log-probability", drawn["old_token_logp"], rows)
             # Kept before it is rewarded: a reward that fails costs no candidate.
             part = keep(Candidates(prompt=tokens[rows], prompt_mask=mask[rows], **drawn))
         if reward is not None and part.reward is None:
@@ -303,6 +306,9 @@ def score_all(
 
     Returns:
       Nats, NumPy ``[B, N]``.
+
+    Raises:
+      NonFiniteError: If a number is not finite.
     """
     scorer = scorer or make_scorer()
     fields = ("prompt", "prompt_mask", "completion", "completion_mask", *keep)
@@ -323,7 +329,9 @@ def score_all(
     silent = description is None or not distributed.is_main()
     with tqdm(total=len(lengths), desc=description, unit="prompt", disable=silent) as bar:
         for batch, logp in overlapped(plan, start, lambda _, logp: distributed.fetch(logp)):
-            out[batch.rows[: batch.real]] = logp[: batch.real]
+            rows = batch.rows[: batch.real]
+            check_candidates(description or "score", "what the model says", logp[: batch.real], rows)
+            out[rows] = logp[: batch.real]
             bar.update(batch.real)
     return out
 
