@@ -162,7 +162,7 @@ BAD = [
     ),
     ("prompt", {"prompt": [{"content": "x"}]}, "prompt[0] has unknown role None"),
     ("prompt", {"prompt": [{"role": "user"}]}, "prompt[0] must have a text as content, got null"),
-    ("prompt", {"prompt": [{"role": "user", "content": [1]}]}, "prompt[0] must have a text as content, got a list"),
+    ("prompt", {"prompt": [{"role": "user", "content": [1]}]}, "prompt[0].content[0] is a part of type 'int'"),
     ("prompt", {"prompt": {"role": ["user"], "content": []}}, "prompt has columns of unequal lengths"),
     ("prompt", {"prompt": ASK, "tools": {}}, "tools must be a list, got an object"),
     ("prompt", {"prompt": ASK, "tools": "weather"}, "tools is a text, but not JSON: Expecting value"),

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
 from tiltjax.data import text as lib
+from tiltjax.data.limits import limit
 
 CASES = pathlib.Path(__file__).parents[1] / "cases"
 BOS, EOS, TURN = 256, 257, 258
@@ -82,7 +84,7 @@ class TestEncodeCompletions:
                 lib.encode_completions(make_tokenizer(), [BLUE], prompts=prompts)
         with pytest.raises(ValueError, match=r"prompts must be as many as completions \(1\), got 2"):
             lib.encode_completions(make_tokenizer(), [BLUE], prompts=[SKY, SKY])
-        with pytest.raises(ValueError, match="completion 0 does not continue its prompt"):
+        with pytest.raises(ValueError, match="completion 0 must begin with a message of the assistant"):
             lib.encode_completions(make_tokenizer(), [SKY], prompts=[SKY])
 
 
@@ -306,3 +308,78 @@ class TestSmolLM2:
         out = lib.encode_completions(smollm2, [BLUE, "It is blue."], prompts=[SKY, SKY])
         assert out == [[1589, 314, 4461, 30, 2]] * 2
         assert lib.decode_completions(smollm2, np.array([out]), np.ones((1, 2, 5), bool)) == [["It is blue."] * 2]
+
+
+@pytest.mark.robustness(
+    "Tokens",
+    given="a token that the tokenizer has and the model's vocabulary has not",
+    outcome="refused by token, id and size",
+)
+def test_an_id_beyond_the_vocabulary_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer()
+    assert lib.encode_prompts(tokenizer, ["<|turn|>"]) == [[TURN]]
+    limit(tokenizer, vocab_size=300)
+    limit(tokenizer, vocab_size=TURN)
+    limit(tokenizer, vocab_size=300, trained_length=9)  # Another model that reads the same tokens.
+    message = "has the token '<|turn|>' of id 258, but the model's vocab_size is 258"
+    with pytest.raises(ValueError, match=f"prompt 1 {re.escape(message)}"):
+        lib.encode_prompts(tokenizer, ["a", "<|turn|>"])
+    with pytest.raises(ValueError, match=f"completion 0 {re.escape(message)}"):
+        lib.encode_completions(tokenizer, ["a<|turn|>"])
+    assert lib.encode_completions(tokenizer, ["a"]) == [[*b"a", EOS]]
+
+
+@pytest.mark.robustness(
+    "Tokens", given="a sequence longer than a model's learned positions", outcome="refused before anything is sampled"
+)
+def test_a_position_beyond_the_table_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer()
+    limit(tokenizer, vocab_size=300, position_table=5, trained_length=5)
+    assert lib.encode_prompts(tokenizer, ["abc"], max_tokens=2) == [list(b"abc")]
+    with pytest.raises(ValueError, match="prompt 1 takes 6 positions, but the model has 5 learned ones"):
+        lib.encode_prompts(tokenizer, ["abc", "abcd"], max_tokens=2)
+    with pytest.raises(ValueError, match="completion 0 takes 6 positions, but the model has 5 learned ones"):
+        lib.encode_completions(tokenizer, ["abcde"])
+
+
+@pytest.mark.robustness(
+    "Tokens",
+    given="a sequence longer than a model with rotary positions was trained on",
+    outcome="one line warns of it",
+)
+def test_a_length_beyond_training_is_warned_of_once(make_tokenizer, caplog):
+    tokenizer = make_tokenizer()
+    limit(tokenizer, vocab_size=300, trained_length=7)
+    for _ in range(2):
+        lib.encode_prompts(tokenizer, ["abc", "abcd", "abcde"], max_tokens=4)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 of 3 prompts take more than the 7 positions that the model was trained on")
+
+
+@pytest.mark.robustness("Text", given="half of a surrogate pair in a text", outcome="refused with its place")
+def test_half_of_a_surrogate_pair_is_refused(make_tokenizer):
+    half = "half a smile \ud83d"
+    for prompt in (half, [{"role": "user", "content": half}]):
+        with pytest.raises(ValueError, match=r"prompt 1 is no valid text: half of a surrogate pair, '\\ud83d', after"):
+            lib.encode_prompts(make_tokenizer(), ["a", prompt])
+    for completion in (half, [{"role": "assistant", "content": half}]):
+        with pytest.raises(ValueError, match="completion 1 is no valid text: half of a surrogate pair"):
+            lib.encode_completions(make_tokenizer(), ["a", completion], prompts=[SKY, SKY])
+
+
+@pytest.mark.robustness(
+    "Text",
+    given="special tokens such as <think> in a completion",
+    outcome="rewards see them; ends and turn marks are left out",
+)
+def test_rewards_see_the_tags_that_a_model_wrote():
+    tokenizer = lib.load_tokenizer(CASES / "special-tags-in-reward" / "policy")
+    (ids,) = lib.encode_completions(tokenizer, ["<think>a</think>4<|im_start|><|im_end|><|endoftext|>"])
+    whole = np.ones((1, 1, len(ids)), bool)
+    for template in (tokenizer.chat_template, None):
+        tokenizer.chat_template = template
+        (shown,) = lib.decode_completions(tokenizer, np.array([[ids]]), whole)
+        assert shown == ["<think>a</think>4" + ("<|im_start|>" if template is None else "")]
+    # A prompt that opens a thought does not make the tag a mark of turns.
+    tokenizer.chat_template = (CASES / "open-think-template/policy/chat_template.jinja").read_text()
+    assert lib.decode_completions(tokenizer, np.array([[ids]]), whole) == [["<think>a</think>4"]]

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiltjax.data import shared_prompt
-from tiltjax.data.text import Text
+from tiltjax.data.chat import Text, plain_message
 from tiltjax.ops.checks import check_choice
 
 __all__ = ["KINDS", "ROLES", "PairRow", "PromptRow", "RankedRow", "Row", "SupervisedRow", "UnpairedRow", "parse_row"]
@@ -325,8 +325,7 @@ def _text(name: str, value: Any) -> Text:
 def _message(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a message with role and content, got {_kind_of(value)}")
-    # Parquet fills in a null for every key that another message has.
-    message = {key: part for key, part in value.items() if part is not None}
+    message = plain_message(name, value)
     if message.get("role") not in ROLES:
         raise ValueError(f"{name} has unknown role {message.get('role')!r}; known: {', '.join(ROLES)}")
     if not isinstance(message.get("content"), str) and not ("content" not in message and "tool_calls" in message):

@@ -8,13 +8,17 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tiltjax.data.chat import Conversation, Message, Segment, Text, added_turns, open_turn, prompt_text, render
+from tiltjax.data.continuation import decode_continuation, encode_continuation
 from tiltjax.data.gguf_tokenizer import gguf_tokenizer
+from tiltjax.data.limits import check_ids, check_positions
+from tiltjax.data.template import TODAY
 from tiltjax.types import Array, Bool, Int
 
 __all__ = [
@@ -24,6 +28,7 @@ __all__ = [
     "Tokenizer",
     "decode_completions",
     "encode_completions",
+    "encode_completions_masked",
     "encode_prompts",
     "end_ids",
     "eos_id",
@@ -36,15 +41,6 @@ __all__ = [
 
 # transformers advises everybody without torch to install it; the library uses its tokenizers only.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-Message = dict[str, Any]
-"""``{"role": ..., "content": ...}``."""
-
-Conversation = list[Message]
-"""Messages, the oldest first."""
-
-Text = str | Conversation
-"""A prompt or a completion."""
 
 Tokenizer = Any
 """A Hugging Face tokenizer (`transformers.PreTrainedTokenizerBase`)."""
@@ -131,7 +127,7 @@ def _turn_end(tokenizer: Tokenizer) -> int:
     if len(end_ids(tokenizer)) > 1 and tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            end = _ending(tokenizer, _render(tokenizer, turns, "a turn"))[1]
+            end = _ending(tokenizer, render(tokenizer, turns, "a turn"))[1]
         except ValueError:
             end = None  # A template that wants other messages.
         return eos_id(tokenizer) if end is None else end
@@ -153,7 +149,13 @@ def pad_id(tokenizer: Tokenizer) -> int:
     return eos_id(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Text]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Text],
+    *,
+    templates: Sequence[Mapping[str, Any]] | None = None,
+    max_tokens: int = 0,
+) -> list[list[int]]:
     """Token ids of every prompt.
 
     A text is encoded as it is, after BOS where the tokenizer begins its texts with one; the empty text, where there
@@ -163,21 +165,32 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Text]) -> list[list[i
     Args:
       tokenizer: From `load_tokenizer`.
       prompts: B texts or conversations.
+      templates: What the chat template is given beside the messages of each, such as ``tools``: `Row.template`.
+      max_tokens: How many tokens are to follow a prompt, for the check of positions.
 
     Returns:
       B lists of ids, none of them empty.
 
     Raises:
-      ValueError: If a prompt encodes to nothing, or is a conversation that the tokenizer's chat template refuses.
+      ValueError: If a prompt encodes to nothing or is no valid text; is a conversation that the tokenizer's chat
+        template refuses; or has an id or a position beyond the limits of the model (`limit`).
     """
-    texts = [p if isinstance(p, str) else _open_turn(tokenizer, p, f"prompt {i}") for i, p in enumerate(prompts)]
-    bos, encoded = tokenizer.bos_token_id, _encode(tokenizer, texts)
+    _check_number("templates", templates, "prompts", len(prompts))
+    texts = []
+    for i, prompt in enumerate(prompts):
+        options = None if templates is None else templates[i]
+        texts.append(prompt if isinstance(prompt, str) else open_turn(tokenizer, prompt, f"prompt {i}", options))
+    _check_text(texts, "prompt")
+    bos = tokenizer.bos_token_id
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
     begins = bos is not None and tokenizer.encode("")[:1] == [bos]
     for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         if isinstance(prompt, str) and bos is not None and ids[:1] != [bos] and (begins or prompt == ""):
             ids.insert(0, bos)
         if not ids:
             raise ValueError(f"prompt {i} encodes to no token: {prompt!r}")
+    check_ids(tokenizer, encoded, "prompt")
+    check_positions(tokenizer, [len(ids) + max_tokens for ids in encoded], "prompt")
     return encoded
 
 
@@ -186,45 +199,102 @@ def encode_completions(
     completions: Sequence[Text],
     *,
     prompts: Sequence[Text] | None = None,
+    templates: Sequence[Mapping[str, Any]] | None = None,
     eos: bool = True,
 ) -> list[list[int]]:
-    """Token ids of every completion, ending in one of `end_ids`.
+    """Token ids of every completion, ending in one of `end_ids`: those of `encode_completions_masked`."""
+    return encode_completions_masked(tokenizer, completions, prompts=prompts, templates=templates, eos=eos)[0]
 
-    A text is encoded as it is. A conversation is what the chat template adds to its prompt: the template of prompt and
-    completion, less the template of the prompt; anything blank after the last end is dropped. After an end, none is
-    written: else EOS, or after a text that answers a conversation, what the chat template ends a turn with.
+
+def encode_completions_masked(
+    tokenizer: Tokenizer,
+    completions: Sequence[Text],
+    *,
+    prompts: Sequence[Text] | None = None,
+    templates: Sequence[Mapping[str, Any]] | None = None,
+    eos: bool = True,
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """Token ids of every completion, ending in one of `end_ids`, and which of them are the assistant's.
+
+    A text is encoded as it is, as it continues its prompt. A conversation is what the chat template adds to its prompt
+    (`tiltjax.data.chat.added_turns`); anything blank after the last end is dropped. After an end, none is written: else
+    EOS, or after a text that answers a conversation, what the chat template ends a turn with; and none after a turn
+    that is not the assistant's.
 
     Args:
       tokenizer: From `load_tokenizer`.
       completions: Texts or conversations.
       prompts: The prompt of every completion; needed for conversations only.
+      templates: As for `encode_prompts`.
       eos: Whether an end is written where a completion has none; False leaves it open, for one that was cut short.
 
     Returns:
-      A list of ids per completion.
+      A list of ids per completion; and as many bools, False on the answers of tools, on other turns that are not the
+      assistant's, and on the headers of turns: they are read, and not learned from.
 
     Raises:
-      ValueError: If a conversation comes without its prompt, or does not continue it under the chat template.
+      ValueError: If a completion is no valid text; is a conversation without its prompt, or one that the chat template
+        does not write as it is; or has an id or a position beyond the limits of the model (`limit`).
     """
-    if prompts is not None and len(prompts) != len(completions):
-        raise ValueError(f"prompts must be as many as completions ({len(completions)}), got {len(prompts)}")
+    _check_number("prompts", prompts, "completions", len(completions))
+    _check_number("templates", templates, "completions", len(completions))
     ends, of_text, of_turn = end_ids(tokenizer), eos_id(tokenizer), _turn_end(tokenizer)
-    texts, last = [], []
+    flat: list[tuple[int, str, bool]] = []
+    last: list[int | None] = []
     for i, completion in enumerate(completions):
-        prompt, written = None if prompts is None else prompts[i], None
-        if not isinstance(completion, str):
-            completion, written = _ending(tokenizer, _added_turns(tokenizer, prompt, completion, f"completion {i}"))
-        texts.append(completion)
+        prompt, options = None if prompts is None else prompts[i], None if templates is None else templates[i]
         usual = of_text if prompt is None or isinstance(prompt, str) else of_turn
-        last.append(usual if written is None else written)
-    encoded = zip(_encode(tokenizer, texts), last, strict=True)
-    return [[*ids, end] if eos and not set(ids[-1:]) & set(ends) else ids for ids, end in encoded]
+        segments: list[Segment] = []
+        if isinstance(completion, str):
+            segments = [(completion, True)]
+            last.append(usual)
+        else:
+            segments = added_turns(tokenizer, prompt, completion, f"completion {i}", options)
+            bare, written = _ending(tokenizer, segments[-1][0])
+            segments[-1] = (bare, segments[-1][1])
+            last.append(None if not segments[-1][1] else usual if written is None else written)
+        flat += [(i, part, said) for part, said in segments]
+    _check_text([part for _, part, _ in flat], "completion", [i for i, _, _ in flat])
+    encoded: list[list[int]] = [[] for _ in completions]
+    masks: list[list[bool]] = [[] for _ in completions]
+    for (i, _, said), ids in zip(flat, encode_continuation(tokenizer, [part for _, part, _ in flat]), strict=True):
+        encoded[i] += ids
+        masks[i] += [said] * len(ids)
+    for ids, mask, end in zip(encoded, masks, last, strict=True):
+        if eos and end is not None and not set(ids[-1:]) & set(ends):
+            ids.append(end)
+            mask.append(True)
+    check_ids(tokenizer, encoded, "completion")
+    check_positions(tokenizer, [len(ids) for ids in encoded], "completion")
+    return encoded, masks
+
+
+def _check_number(name: str, values: Sequence[Any] | None, others: str, wanted: int) -> None:
+    if values is not None and len(values) != wanted:
+        raise ValueError(f"{name} must be as many as {others} ({wanted}), got {len(values)}")
+
+
+def _check_text(texts: Sequence[str], name: str, places: Sequence[int] | None = None) -> None:
+    """Refuses what no encoder reads: half of a surrogate pair, which JSON can hold."""
+    for i, one in enumerate(texts):
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            place = i if places is None else places[i]
+            raise ValueError(
+                f"{name} {place} is no valid text: half of a surrogate pair, {one[error.start]!r}, after "
+                f"{one[max(0, error.start - 20) : error.start]!r}"
+            ) from None
 
 
 def decode_completions(
     tokenizer: Tokenizer, tokens: Int[Array, "B N T"], mask: Bool[Array, "B N T"]
 ) -> list[list[str]]:
-    """The text of every candidate, as rewards read it: special tokens are left out, and all of `end_ids`.
+    """The text of every candidate, as rewards read it.
+
+    Left out are the tokens that frame what is said: `end_ids`, BOS, PAD and whatever else the tokenizer has a name for,
+    and the special tokens that the chat template writes around past messages. Every other token is shown: a ``<think>``
+    that the model wrote is text, special token or not.
 
     Args:
       tokenizer: From `load_tokenizer`.
@@ -234,39 +304,47 @@ def decode_completions(
     Returns:
       N texts for each of B prompts.
     """
-    ends = end_ids(tokenizer)
+    frame = _frame(tokenizer)
 
     def decode(row: np.ndarray, real: np.ndarray) -> str:
-        ids = [token for token in row[real].tolist() if token not in ends]
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode_continuation(tokenizer, [token for token in row[real].tolist() if token not in frame])
 
     groups = zip(np.asarray(tokens), np.asarray(mask), strict=True)
     return [[decode(row, real) for row, real in zip(*group, strict=True)] for group in groups]
 
 
-def prompt_text(prompt: Text) -> str:
-    """The prompt as rewards read it: a text as it is; of a conversation, the last message of the user.
+_FRAMING = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
+"""Special tokens that a tokenizer has a name for."""
 
-    Example:
-      >>> prompt_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
-      'Hello'
-    """
-    if isinstance(prompt, str):
-        return prompt
-    said = [message["content"] for message in prompt if message["role"] == "user"]
-    return said[-1] if said else ""
+
+def _frame(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that `decode_completions` leaves out."""
+    frame = {getattr(tokenizer, f"{name}_token_id", None) for name in _FRAMING} | set(end_ids(tokenizer))
+    if tokenizer.chat_template:
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        system, user, assistant = ({"role": role, "content": "a"} for role in ("system", "user", "assistant"))
+        for past in ([system, user, assistant, user], [user, assistant, user], [user]):
+            try:
+                written = render(tokenizer, past, "a conversation")
+            except ValueError:  # A template that wants other messages.
+                continue
+            frame |= special & set(tokenizer.encode(written, add_special_tokens=False))
+    return frozenset(i for i in frame if i is not None)
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """16 hex digits of the sha256 of all that decides which ids a text becomes: kept with data that was tokenised.
 
-    That is vocabulary, merges, normaliser and splitting, special ids, those of every end, and chat template.
+    That is vocabulary, merges, normaliser and splitting, special ids, those of every end, and chat template, with the
+    date that a template is told that asks for one.
     """
     special = [tokenizer.bos_token_id, pad_id(tokenizer), *end_ids(tokenizer)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {} if backend is None else json.loads(backend.to_str())
     rules = [parts.get("normalizer"), parts.get("pre_tokenizer"), parts.get("model", {}).get("merges")]
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
     facts = [sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template, rules]
+    facts += [TODAY.isoformat()] if "strftime_now" in template else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -297,34 +375,3 @@ def _ends_in(file: Path) -> list[int]:
         if type(end) is not int or end < 0:
             raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, got {said!r}")
     return ends
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
-
-
-def _render(tokenizer: Tokenizer, messages: Conversation, name: str, **options: bool) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(f"{name} is a conversation, but the tokenizer has no chat template")
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (TemplateError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: the chat template refuses the conversation: {reason}") from None
-
-
-def _open_turn(tokenizer: Tokenizer, prompt: Conversation, name: str) -> str:
-    begun = bool(prompt) and prompt[-1]["role"] == "assistant"
-    return _render(tokenizer, prompt, name, add_generation_prompt=not begun, continue_final_message=begun)
-
-
-def _added_turns(tokenizer: Tokenizer, prompt: Text | None, completion: Conversation, name: str) -> str:
-    if prompt is None or isinstance(prompt, str):
-        raise ValueError(f"{name} is a conversation, so its prompt must be given as a conversation")
-    before = _open_turn(tokenizer, prompt, name)
-    after = _render(tokenizer, prompt + completion, name)
-    if not after.startswith(before):
-        raise ValueError(f"{name} does not continue its prompt under the chat template: is it an assistant's turn?")
-    return after[len(before) :]

@@ -1,0 +1,107 @@
+"""What a model can read: ids below the size of its vocabulary, positions within those it has."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Limits", "check_ids", "check_positions", "limit"]
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a model can read.
+
+    Attributes:
+      vocab_size: Ids are below it.
+      position_table: Rows of its table of learned positions; None where positions rotate.
+      trained_length: Longest sequence that it was trained on, tokens; None where that is not known.
+    """
+
+    vocab_size: int
+    position_table: int | None = None
+    trained_length: int | None = None
+
+
+def limit(
+    tokenizer: Any, *, vocab_size: int, position_table: int | None = None, trained_length: int | None = None
+) -> None:
+    """Tells a tokenizer what its model can read: from then on, encoding refuses what lies beyond.
+
+    JAX reads the last row of a table in place of one beyond it, and says nothing. Of several models that read the same
+    tokens, each is told to the tokenizer, and the narrowest counts.
+
+    Args:
+      tokenizer: From `load_tokenizer`.
+      vocab_size: Of the model.
+      position_table: Likewise, see `Limits`.
+      trained_length: Likewise.
+    """
+    new = dataclasses.asdict(Limits(vocab_size, position_table, trained_length))
+    known = {} if (before := _limits(tokenizer)) is None else dataclasses.asdict(before)
+    least: dict[str, Any] = {}
+    for name, value in new.items():
+        least[name] = min((x for x in (value, known.get(name)) if x is not None), default=None)
+    tokenizer.model_limits = Limits(**least)
+
+
+def _limits(tokenizer: Any) -> Limits | None:
+    return getattr(tokenizer, "model_limits", None)
+
+
+def check_positions(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
+    """Refuses sequences longer than a model's learned positions, and warns of those longer than it was trained on.
+
+    Args:
+      tokenizer: Which knows the limits of its model, by `limit`; else nothing is checked.
+      lengths: Tokens of every sequence: of a prompt together with what is to follow.
+      name: What they are, for messages.
+
+    Raises:
+      ValueError: With the place of the first one that is too long.
+    """
+    limits, sizes = _limits(tokenizer), np.asarray(lengths, int)
+    if limits is None or not sizes.size:
+        return
+    table, trained = limits.position_table, limits.trained_length
+    if table is not None and sizes.max() > table:
+        i = int(np.argmax(sizes > table))
+        raise ValueError(f"{name} {i} takes {sizes[i]} positions, but the model has {table} learned ones")
+    if trained is not None and sizes.max() > trained:
+        _warn_once(
+            f"{(sizes > trained).sum()} of {sizes.size} {name}s take more than the {trained} positions that the model "
+            f"was trained on, at most {sizes.max()}: expect little sense beyond"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    _LOG.warning("%s", message)
+
+
+def check_ids(tokenizer: Any, encoded: Sequence[Sequence[int]], name: str) -> None:
+    """Refuses ids beyond the vocabulary of a model.
+
+    Args:
+      tokenizer: Which knows the limits of its model, by `limit`; else nothing is checked.
+      encoded: Token ids of every text.
+      name: What they are, for messages.
+
+    Raises:
+      ValueError: With the place, the token, its id and the size of the vocabulary.
+    """
+    limits = _limits(tokenizer)
+    if limits is None:
+        return
+    for i, ids in enumerate(encoded):
+        if ids and max(ids) >= limits.vocab_size:
+            beyond = next(token for token in ids if token >= limits.vocab_size)
+            raise ValueError(
+                f"{name} {i} has the token {tokenizer.convert_ids_to_tokens(beyond)!r} of id {beyond}, but the model's "
+                f"vocab_size is {limits.vocab_size}"
+            )
