@@ -74,19 +74,33 @@ def test_sixteen_bits_are_not_widened_to_take_some_of_them(by):
     assert compiled.memory_analysis().temp_size_in_bytes < stack.nbytes / 2
 
 
-@pytest.mark.parametrize("batch", [(1,), (1, 1), (2, 3), (0,)])
-def test_a_turned_map_is_the_same_map(batch):
-    """With a bias and adapters, of rows in any arrangement and of columns."""
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("batch", [(1,), (1, 1), (2, 3), (0,), (4, 2, 8)])
+def test_a_turned_map_is_the_same_map(batch, dtype):
+    """With a bias and adapters, of rows in any arrangement and of columns; compiled, as programs use it."""
     rng = np.random.default_rng(2)
-    whole = Linear(jax.random.key(0), 5, 4, bias=True, std=1.0)
-    whole.bias = nnx.Param(jnp.asarray(rng.normal(size=4), jnp.float32))
-    whole.lora_a = nnx.Param(jnp.asarray(rng.normal(size=(5, 2)), jnp.float32))
-    whole.lora_b = nnx.Param(jnp.asarray(rng.normal(size=(2, 4)), jnp.float32))
-    x, turned = jnp.asarray(rng.normal(size=(*batch, 5)), jnp.float32), whole.turn()
-    expected = whole(x, jnp.float32)
-    np.testing.assert_allclose(turned(x, jnp.float32), expected, rtol=1e-5, atol=1e-6)
-    columns = turned.columns(x.reshape(-1, 5).T, jnp.float32, axis=0)
-    np.testing.assert_allclose(columns.T, expected.reshape(-1, 4), rtol=1e-5, atol=1e-6)
+    features_in, features_out = 16, 12
+    plain = Linear(jax.random.key(0), features_in, features_out, bias=True, std=1.0)
+    plain.bias = nnx.Param(jnp.asarray(rng.normal(size=features_out), jnp.float32))
+    plain.lora_a = nnx.Param(jnp.asarray(rng.normal(size=(features_in, 8)), jnp.float32))
+    plain.lora_b = nnx.Param(jnp.asarray(rng.normal(size=(8, features_out)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(*batch, features_in)), jnp.float32)
+
+    @jax.jit
+    def forms(linear, x):
+        turned = linear.turn()
+        rows = x.reshape(-1, features_in)
+        return linear(x, dtype), turned(x, dtype), turned.columns(rows.T, dtype, axis=0).T, turned.columns(rows, dtype)
+
+    expected, turned, columns, of_rows = forms(plain, x)
+    kernel, a, b = (np.float64(w[...]) for w in (plain.kernel, plain.lora_a, plain.lora_b))
+    exact = np.float64(x) @ (kernel + a @ b) + np.float64(plain.bias[...])
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.05, "atol": 0.3}
+    np.testing.assert_allclose(expected, exact, **close)
+    np.testing.assert_allclose(turned, expected, rtol=1e-5, atol=1e-5)
+    flat = expected.reshape(-1, features_out)
+    for other in (columns, of_rows.T):
+        np.testing.assert_allclose(other, flat, rtol=1e-5, atol=1e-5)
 
 
 def test_a_turned_map_makes_no_wide_copy_of_its_kernel():

@@ -1,3 +1,6 @@
+import ast
+import pathlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,10 +8,20 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+import tiltjax
 from tests.grids import each_grid, mesh_over
 from tiltjax.ops.bits import KEPT, gradient_at_rounded
 from tiltjax.ops.collectives import pmean
-from tiltjax.ops.matmul import dot, matmul, outer, scale_rows, transposed_outer, turned_is_faster, turned_matmul
+from tiltjax.ops.matmul import (
+    dot,
+    matmul,
+    outer,
+    product,
+    scale_rows,
+    transposed_outer,
+    turned_is_faster,
+    turned_matmul,
+)
 
 RNG = np.random.default_rng(0)
 X, W, G = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(5, 4)), RNG.normal(size=(2, 3, 4))
@@ -112,3 +125,58 @@ def test_scaled_rows_and_their_gradients():
     expected, plain = jax.vjp(lambda x, f: x * f[..., None], x, factor)
     np.testing.assert_allclose(y, expected, rtol=1e-6)
     chex.assert_trees_all_close(pull(grad), plain(grad), rtol=1e-5, atol=1e-6)
+
+
+FORMS = {
+    "x w": ((8, 16), (16, 12), ((1,), (0,)), ((), ())),
+    "x w^T": ((8, 16), (12, 16), ((1,), (1,)), ((), ())),
+    "x^T w": ((16, 8), (16, 12), ((0,), (0,)), ((), ())),
+    "x^T w^T": ((16, 8), (12, 16), ((0,), (1,)), ((), ())),
+    "one row": ((1, 16), (16, 12), ((1,), (0,)), ((), ())),
+    "three axes": ((2, 4, 16), (16, 12), ((2,), (0,)), ((), ())),
+    "two sums": ((4, 2, 16), (4, 2, 12), ((0, 1), (0, 1)), ((), ())),
+    "batched": ((3, 2, 8, 16), (3, 2, 16, 12), ((3,), (2,)), ((0, 1), (0, 1))),
+    "batched keys": ((3, 2, 8, 16), (3, 2, 12, 16), ((3,), (3,)), ((0, 1), (0, 1))),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_product_runs_whatever_is_made_of_it(form, dtype):
+    """XLA folds a transposition into the product, before it or behind it, and may not be able to run the result."""
+    x_shape, w_shape, sums, batch = FORMS[form]
+    x, w = (jnp.asarray(RNG.normal(size=shape), dtype) for shape in (x_shape, w_shape))
+    exact = np.asarray(jax.lax.dot_general(np.float64(x), np.float64(w), (sums, batch)))
+
+    @jax.jit
+    def uses(x, w):
+        y = product(x, w, sums, batch)
+        turned = jnp.swapaxes(product(jnp.swapaxes(jnp.swapaxes(x, 0, 1) * 1, 0, 1), w, sums, batch), -1, -2) * 2
+        looped = jax.lax.scan(lambda carry, _: (carry + 1, None), jnp.swapaxes(y, -1, -2), None, length=2)[0]
+        narrow = jnp.moveaxis(product(x, w, sums, batch), -1, 0).astype(dtype)
+        return y, turned / 2, looped - 2, narrow, jnp.swapaxes(y, 0, -1).sum(axis=0)
+
+    y, turned, looped, narrow, summed = uses(x, w)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(turned, np.swapaxes(exact, -1, -2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(looped, np.swapaxes(exact, -1, -2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.float64(narrow), np.moveaxis(exact, -1, 0), rtol=0.01, atol=0.01)
+    np.testing.assert_allclose(summed, np.swapaxes(exact, 0, -1).sum(axis=0), rtol=1e-5, atol=1e-5)
+    grads = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w, sums, batch))), argnums=(0, 1)))(x, w)
+    wide = jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w, sums, batch))), argnums=(0, 1))
+    for narrow, other in zip(grads, wide(*(a.astype(jnp.float32) for a in (x, w))), strict=True):
+        assert narrow.dtype == dtype
+        np.testing.assert_allclose(np.float64(narrow), other, rtol=0.02, atol=0.02)
+
+
+def test_products_with_a_type_of_their_own_are_made_in_one_place():
+    """Elsewhere nobody would keep XLA from a form that it cannot run; kernels of a platform are compiled for it."""
+    root = pathlib.Path(tiltjax.__file__).parent
+    makers = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "preferred_element_type"
+    }
+    assert makers == {"ops/matmul.py", "models/flash.py"}

@@ -535,7 +535,7 @@ class TestPolicy:
         np.testing.assert_allclose(mixed.old_token_logp, ours.old_token_logp, atol=1e-5)
 
     def test_players_at_work_are_whole_and_narrow(self):
-        """Adapters are put in and critics left out, once for many draws; who does not write stays as it is."""
+        """Adapters are merged and critics left out, once for many draws; who does not write stays as it is."""
         config = dataclasses.replace(tiny_model().config, compute_dtype="bfloat16")
         model = lora.add(jax.random.key(1), Transformer(jax.random.key(0), config), rank=2, targets=("query", "down"))
         trained, frozen = lora.partition(model, lora.is_adapter)
@@ -543,7 +543,7 @@ class TestPolicy:
         players = loop.init_players(get_method("ppo"), with_critics(trained, features=16), optax.sgd(0.1))
         ready = at_work(players, ("current", "data"), frozen=frozen)
         assert ready.reference is players.reference
-        expected = lora.combine(trained, frozen).cast(jnp.bfloat16)
+        expected = lora.merge(lora.combine(trained, frozen)).cast(jnp.bfloat16)
         chex.assert_trees_all_equal(ready.state.params, expected)
         assert ready.state.params.blocks.up.kernel.dtype == jnp.bfloat16
         mixed = at_work(players, ("mixture",), frozen=frozen)

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.matmul import multiplies_bfloat16, scale_rows
+from tiltjax.ops.matmul import multiplies_bfloat16, product, scale_rows
 from tiltjax.types import Array, Bool, Dtype, Float
 
 __all__ = ["KeyValue", "Prefix", "attention", "causal_mask", "operand_dtype", "prefix_window"]
@@ -75,11 +75,11 @@ def attention(
     G = H // K
     wide, dtype = jnp.promote_types(dtype, jnp.float32), operand_dtype(dtype)
     q = (query * d**-0.5).astype(dtype).reshape(B, N, K, G, T, d)
-    own, keys = _converted(own, dtype), "du" if cached else "ud"
+    own = _converted(own, dtype)
 
-    # Products of [*batch, M, d] with [*batch, d, U], and no other form: XLA on the CPU is slow at most of them.
-    def dot(spec, a, b):
-        return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=wide)
+    # Products of [x, k, M, D] with [x, k, D, U] (or a key's [x, k, U, D]): XLA on the CPU is slow at most other forms.
+    def dot(a, b, over):
+        return product(a.astype(b.dtype), b, ((3,), (over,)), ((0, 1), (0, 1)))
 
     def turn(a):
         """``[B, N, K, ...]`` as ``[B, K, N, ...]`` and back: what is large stays in the order of its product."""
@@ -87,14 +87,14 @@ def attention(
 
     def scored(q, key, mask, shape):
         """Scores, -inf where a query does not see, and the largest of them."""
-        scores = dot(f"xkmd,xk{keys}->xkmu", q, key).reshape(*shape, mask.shape[-1])
+        scores = dot(q, key, 2 if cached else 3).reshape(*shape, mask.shape[-1])
         scores = jnp.where(mask, scores, -jnp.inf)
         return scores, jax.lax.stop_gradient(jnp.max(scores, axis=-1, initial=-jnp.inf))
 
     def weighted(scores, top, value):
         """What the weights sum to, and the values times their weights."""
         weights, rows = jnp.exp(scores - top[..., None]), top.size // (len(value) * K)
-        out = dot("xkmu,xkud->xkmd", weights.reshape(*value.shape[:2], rows, value.shape[2]), value)
+        out = dot(weights.reshape(*value.shape[:2], rows, value.shape[2]), value, 2)
         return jnp.sum(weights, axis=-1), out.reshape(*top.shape, d)
 
     alone = jax.tree.map(lambda a: a.reshape(B * N, *a.shape[2:]), own)

@@ -11,9 +11,65 @@ from tiltjax.ops.bits import keep as kept
 from tiltjax.ops.collectives import alike
 from tiltjax.types import Array, Dtype, Float
 
-__all__ = ["dot", "matmul", "multiplies_bfloat16", "outer", "scale_rows", "turned_is_faster", "turned_matmul"]
+__all__ = [
+    "dot",
+    "matmul",
+    "multiplies_bfloat16",
+    "outer",
+    "product",
+    "scale_rows",
+    "turned_is_faster",
+    "turned_matmul",
+]
 
 _PADDING = 16
+
+
+def product(
+    x: Float[Array, "..."],
+    w: Float[Array, "..."],
+    sums: tuple[tuple[int, ...], tuple[int, ...]],
+    batch: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+) -> Float[Array, "..."]:
+    """`jax.lax.dot_general` with a float32 (or wider) result, in a form that the backend can run.
+
+    Every product of the library with 16-bit operands is made here. XLA on the CPU compiles such a product and fails
+    when it runs it, if it has folded a transposition of the result into the product. A barrier behind the product
+    keeps it from that, and the gradient multiplies float32 operands. Other backends run every form.
+
+    Args:
+      x: Left operand.
+      w: Right operand, of the same type.
+      sums: Axes of ``x`` and of ``w`` that are summed over.
+      batch: Axes of ``x`` and of ``w`` that run along with each other.
+
+    Returns:
+      Batch axes, then the other axes of ``x``, then those of ``w``.
+    """
+    return (_guarded if _narrow_on_cpu(x.dtype) else _dot_general)((sums, batch), x, w)
+
+
+def _dot_general(dimensions, x, w):
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, w, dimensions, preferred_element_type=wide)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _guarded(dimensions, x, w):
+    return jax.lax.optimization_barrier(_dot_general(dimensions, x, w))
+
+
+def _guarded_fwd(dimensions, x, w):
+    return _guarded(dimensions, x, w), (x, w)
+
+
+def _guarded_bwd(dimensions, saved, grad):
+    wide = (a.astype(jnp.float32) for a in saved)
+    grads = jax.vjp(functools.partial(_dot_general, dimensions), *wide)[1](grad)
+    return tuple(g.astype(a.dtype) for g, a in zip(grads, saved, strict=True))
+
+
+_guarded.defvjp(_guarded_fwd, _guarded_bwd)
 
 
 def dot(x: Float[Array, "M D"], w: Float[Array, "C D"], dtype: Dtype) -> Float[Array, "M C"]:
@@ -128,8 +184,7 @@ def _product(x, w, over_w):
     """Of the last axis of ``x`` with axis ``over_w`` of the matrix ``w``."""
     if x.size == x.shape[-1] and _narrow_on_cpu(x.dtype):
         return _product(_two_rows(x), w, over_w)[:1].reshape(*x.shape[:-1], -1)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (over_w,)), ((), ())), preferred_element_type=wide)
+    return product(x, w, ((x.ndim - 1,), (over_w,)))
 
 
 def _two_rows(x):
@@ -171,8 +226,7 @@ def outer(x: Float[Array, "*batch I"], y: Float[Array, "*batch O"]) -> Float[Arr
     if _narrow_on_cpu(x.dtype) and jax.device_count() == 1:
         return transposed_outer(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
     axes = tuple(range(x.ndim - 1))
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(x, y, ((axes, axes), ((), ())), preferred_element_type=wide)
+    return product(x, y, (axes, axes))
 
 
 def transposed_outer(x: Float[Array, "M I"], y: Float[Array, "M O"]) -> Float[Array, "I O"]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tiltjax.data.candidates import Candidates
 from tiltjax.losses.game import geometric_mixture_logits
 from tiltjax.losses.penalties import kl_k1, kl_k2, kl_k3
-from tiltjax.models.lora import combine
+from tiltjax.models.lora import combine, is_adapter, merge
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.checks import check_choice
 from tiltjax.ops.masked import Average, average, masked_sum
@@ -96,8 +96,8 @@ def at_work(players: Players, sources: Collection[str], *, frozen: Params = None
       frozen: As in `model_view`.
 
     Returns:
-      The players that write as whole models without critics, their matrices in the type that they are multiplied in;
-      the others as they are. The candidates are the same.
+      The players that write as whole models without critics, their adapters merged and their matrices in the type
+      that they are multiplied in; the others as they are. The candidates are the same up to that rounding.
     """
     ready = functools.partial(_ready, frozen=frozen)
     names = {"previous", "reference", "initial"} & {*sources, *(["reference"] if "mixture" in sources else [])}
@@ -108,7 +108,12 @@ def at_work(players: Players, sources: Collection[str], *, frozen: Params = None
 
 
 def _ready(params: Params, frozen: Params) -> Transformer:
-    return narrow(_model(params, frozen))
+    model = _model(params, frozen)
+    adapted = any(is_adapter(path) for path, _ in jax.tree_util.tree_leaves_with_path(model))
+    return narrow(_merged(model) if adapted else model)
+
+
+_merged = jax.jit(merge)
 
 
 def model_sample(
