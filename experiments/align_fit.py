@@ -106,7 +106,8 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
         drawn = world.with_reference("train-pairs", batches.select(drawn, pair), "score reference")
         chosen, rejected = np.asarray(drawn.reward).T
         decided = np.stack([chosen > rejected] * 2, axis=1)  # A prompt whose candidates all tie teaches nothing.
-        drawn = dataclasses.replace(drawn, where=decided)
+        real = batches.learned(drawn)  # A pair counts where both do.
+        drawn = dataclasses.replace(drawn, where=decided if real is None else decided & real.all(1, keepdims=True))
     if config.method == "sft":
         drawn = world.given.each(drawn)
     kernel = method_kernel(config.method, beta=config.beta)
@@ -199,12 +200,17 @@ def var_blocks(world: World, drawn: Candidates) -> list[VarBatch]:
             completion=np.broadcast_to(part.completion.reshape(1, B * N, T), (*shape, T)).copy(),
             completion_mask=np.broadcast_to(part.completion_mask.reshape(1, B * N, T), (*shape, T)).copy(),
         )
+        if part.loss_mask is not None:
+            mask = np.broadcast_to(part.loss_mask.reshape(1, B * N, T), (*shape, T)).copy()
+            crossed = dataclasses.replace(crossed, loss_mask=mask)
         crossed = world.with_reference(f"train-crossed-{start // B}", crossed, f"score across prompts {start // B + 1}")
         texts = text.decode_completions(world.tokenizer, crossed.completion, crossed.completion_mask)
         reward = world.score(world.rows["train"][start : start + B], texts)
         swap = lambda x: np.swapaxes(x.reshape(B, B, N), 1, 2).copy()  # noqa: E731, B023
         ref_logp = swap(np.asarray(crossed.ref_logp))
-        blocks.append(VarBatch(candidates=part, ref_logp=ref_logp, reward=swap(reward), own=np.arange(B)))
+        real = batches.learned(part)
+        where = None if real is None else np.broadcast_to(real.T[None], reward.shape[:1] + real.T.shape).copy()
+        blocks.append(VarBatch(candidates=part, ref_logp=ref_logp, reward=swap(reward), own=np.arange(B), where=where))
     return blocks
 
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.special import log_softmax
 
 from tests.train.worlds import ragged_candidates, tiny_model
-from tiltjax.data.candidates import Candidates
+from tiltjax.data.candidates import Candidates, token_mask
 from tiltjax.models import lora
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import rounds as loop
@@ -309,6 +309,75 @@ def test_padding_moves_no_metric_no_loss_and_no_gradient(name):
     spoilt = batch.change(candidates=dataclasses.replace(batch.candidates, completion=tokens), **changes)
     outcomes = [gradient(x, OTHER, name=name) for x in (spoilt, batch)]
     chex.assert_trees_all_close(*outcomes, rtol=1e-6, atol=1e-7)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def learned_from(loss_mask, fill, *, name):
+    """Loss, metrics and gradient of a round whose views say ``fill`` wherever no token is learned from."""
+
+    def spoilt(params, candidates):
+        seen, mask = view(params, candidates), token_mask(candidates)
+        return jax.tree.map(lambda x: jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 3)), x, fill), seen)
+
+    method = get_method(name)
+    players = loop.init_players(method, TABLE, TX)
+    candidates = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
+    candidates = dataclasses.replace(candidates, loss_mask=loss_mask & candidates.completion_mask)
+    feedback, key = score(candidates), jax.random.key(1)
+    _, batch = loop.prepare(method, players, candidates, feedback, key, view=spoilt, beta=0.5)
+    objective = loop.objective(method, view=spoilt, beta=0.5)
+
+    def total(params):
+        loss, metrics = objective(params, None, batch, key)
+        return loss.mean, {name: metric.mean for name, metric in metrics.items()}
+
+    return jax.value_and_grad(total, has_aux=True)(OTHER)
+
+
+MASKED = ["dpo", "simpo", "ld_dpo", "grpo", "reinforce_pp", "ppo_ptx", "prime", "kto", "var_printed", "self_certainty"]
+
+
+@pytest.mark.robustness(
+    "Data",
+    given="tokens inside a completion that others wrote, such as a tool's answer",
+    outcome="they are read and not learned from: no loss, label or KL sees their log-probability",
+)
+@pytest.mark.parametrize("name", MASKED)
+def test_tokens_that_are_not_learned_from_are_read_by_nobody(name):
+    """Not by labels, advantages, memory, loss or metrics: NaN in their place changes nothing, and is seen without."""
+    method = get_method(name)
+    shape = (4, method.num_candidates * method.cross, T)
+    loss_mask = np.ones(shape, bool)
+    loss_mask[:, ::2, 0], loss_mask[:, 1::2, 1] = False, False
+    spoilt, plain = (learned_from(loss_mask, fill, name=name) for fill in (np.float32(np.nan), np.float32(0)))
+    chex.assert_tree_all_finite(spoilt)
+    chex.assert_trees_all_close(spoilt, plain, rtol=1e-6)
+    (loss, _), _ = learned_from(np.full(shape, True), np.float32(0), name=name)
+    assert abs(float(loss) - float(plain[0][0])) > 1e-4
+
+
+def test_a_completion_masked_as_a_whole_counts_for_the_others_only():
+    """Baselines and labels are those of all candidates; the loss has the others."""
+    method = dataclasses.replace(get_method("rloo"), draw=(("current", 4),))
+    players = loop.init_players(method, TABLE, TX)
+    candidates = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
+    cut = np.arange(16).reshape(4, 4) % 3 == 0
+    masked = dataclasses.replace(candidates, loss_mask=candidates.completion_mask & ~cut[..., None])
+    run = jax.jit(lambda c: loop.prepare(method, players, c, score(c), jax.random.key(1), view=view, beta=0.5)[1])
+    whole, part = run(candidates), run(masked)
+    np.testing.assert_array_equal(part.advantage, whole.advantage)
+    np.testing.assert_array_equal(part.where, ~cut)
+    np.testing.assert_array_equal(part.mask, whole.mask & ~cut[..., None])
+
+
+def test_a_pair_counts_where_both_of_it_do():
+    batch = batch_of("online_dpo")
+    half = batch.change(where=np.array([[True, True], [True, False], [False, True], [False, False]]))
+    loss, _, grads = gradient(half, OTHER, name="online_dpo")
+    first = jax.tree.map(lambda x: x[:1], batch)
+    alone, _, expected = gradient(first, OTHER, name="online_dpo")
+    assert float(loss) == pytest.approx(float(alone), rel=1e-6)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_reward_lands_on_the_last_real_token():

@@ -40,6 +40,14 @@ def batch():
 
 
 @functools.cache
+def masked():
+    """The same; every third token is not learned from, of one completion none."""
+    loss_mask = batch().completion_mask & (np.arange(7) % 3 != 1)
+    loss_mask[0, 1] = False
+    return dataclasses.replace(batch(), loss_mask=loss_mask)
+
+
+@functools.cache
 def token_logp():
     """Log-probability of every completion token in float64, from whole logits, ``[B, N, T]``."""
     model, c = tiny_model(), batch()
@@ -124,8 +132,25 @@ def test_candidates_weigh_what_their_formula_says(method):
         assert not row[~where].any()
 
 
-def test_packed_rows_give_the_loss_and_the_gradient_of_the_candidates():
-    """Several sequences to a row, a row of nothing, what is masked left out."""
+def test_a_likelihood_is_that_of_the_tokens_that_are_learned_from():
+    part = masked()
+    stats = jax.jit(tiny_model().score)(part.prompt, part.prompt_mask, part.completion)
+    told = np.where(part.loss_mask, np.asarray(stats.logp, np.float64), 0).sum(-1)
+    real = part.where & part.loss_mask.any(-1)
+    reward = [np.float64(row[where]) for row, where in zip(part.reward, real, strict=True) if where.any()]
+    logp = [row[where] for row, where in zip(told, real, strict=True) if where.any()]
+    loss, count, _ = evaluated(likelihood_objective(method_kernel("tilted_mle", beta=BETA)), part)
+    assert count == len(logp)
+    expected = [-(softmax(r / BETA) * row).sum() for r, row in zip(reward, logp, strict=True)]
+    assert loss == pytest.approx(np.mean(expected), rel=1e-5)
+    loss, count, _ = evaluated(sft_objective(), part)
+    assert count == (part.loss_mask & part.where[..., None]).sum()
+    assert loss == pytest.approx(-told[real].sum() / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [batch, masked])
+def test_packed_rows_give_the_loss_and_the_gradient_of_the_candidates(batch):
+    """Several sequences to a row, a row of nothing, what is masked left out, also inside a completion."""
     kernel = method_kernel("tilted_mle", beta=BETA)
     weights = np.asarray(candidate_weights(kernel, batch()))
     rows = pack_sequences(batch(), weights, length=20, rows=8, pad_id=9)
@@ -144,7 +169,7 @@ def test_packed_rows_give_the_loss_and_the_gradient_of_the_candidates():
     for a, b in zip(packed, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * max(1, float(np.abs(b).max())))
     mass = np.where(batch().completion_mask.any(axis=-1), weights, 0).sum()
-    assert mean == pytest.approx((weights * np.where(WHERE, logp(), 0)).sum() / mass, rel=1e-5)
+    assert mean == pytest.approx(-float(expected[-1]) / mass, rel=1e-5)
 
 
 def test_dpo_at_the_reference():
@@ -173,6 +198,14 @@ def test_var_normalises_every_candidate_index_over_the_prompts():
     # A device or a microbatch holds some of the rows, and all of the columns.
     odd, _ = objective(tiny_model(), None, jax.tree.map(lambda x: x[1::2], whole), jax.random.key(0))
     assert float(odd.mean) == pytest.approx((-own * logp)[1::2].mean(), rel=1e-5)
+    # A completion that does not count, under no prompt.
+    where = np.ones((6, 2), bool)
+    where[2, 0] = False
+    crossed = np.broadcast_to(where.T[None], (6, 2, 6))
+    loss, _ = objective(tiny_model(), None, dataclasses.replace(whole, where=crossed), jax.random.key(0))
+    logits = np.where(crossed, ref_logp + reward / BETA, -np.inf)
+    own = softmax(logits, axis=-1)[np.arange(6), :, np.arange(6)]
+    assert float(loss.mean) == pytest.approx((-own * logp).sum() / where.sum(), rel=1e-5)
 
 
 def test_temperature_is_that_of_the_log_probabilities():

@@ -12,7 +12,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 
-from tiltjax.data.candidates import Candidates
+from tiltjax.data.candidates import Candidates, learned, token_mask
 from tiltjax.ops.checks import check_at_least
 from tiltjax.types import Array, Bool, Float, Int
 
@@ -131,12 +131,14 @@ class Sequences:
       segment: Which sequence of its row a token belongs to, ``[R, L]``, counted from 0; -1 where there is none.
       weight: What the log-probability of a token counts, ``[R, L]``: 0 but for completions.
       count: How many prompts a row stands for, ``[R]``; their sum is that of the prompts that were packed.
+      mass: Sum of the weights of a row's sequences with a token to learn from, ``[R]``.
     """
 
     token: Int[Array, "R L"]
     segment: Int[Array, "R L"]
     weight: Float[Array, "R L"]
     count: Float[Array, " R"]
+    mass: Float[Array, " R"]
 
 
 def pack_sequences(
@@ -152,7 +154,8 @@ def pack_sequences(
       pad_id: Token written where there is none.
 
     Returns:
-      `Sequences` of NumPy arrays. A prompt counts if ``where`` has one of its candidates, or is None.
+      `Sequences` of NumPy arrays. A prompt counts if ``where`` has one of its candidates, or is None. Tokens that are
+      not learned from (`tiltjax.data.candidates.token_mask`) have weight 0.
 
     Raises:
       ValueError: If a sequence is longer than ``length``, or ``rows`` are too few.
@@ -173,8 +176,9 @@ def pack_sequences(
         raise ValueError(f"rows must be at least {len(members)} for these sequences, got {rows}")
     token, segment = np.full((R, length), pad_id, np.int32), np.full((R, length), -1, np.int32)
     weight, count = np.zeros((R, length), np.float32), np.zeros(R, np.float32)
-    where = np.ones(weights.shape, bool) if candidates.where is None else np.asarray(candidates.where)
-    real = np.atleast_1d(where.any(axis=-1))
+    where, learn = learned(candidates), np.asarray(token_mask(candidates))
+    real = np.full(len(weights), True) if where is None else np.any(where, axis=-1, keepdims=True)[:, 0]
+    mass = np.zeros(R, np.float32)
     for r, packed in enumerate(members):
         start = 0
         for g, i in enumerate(packed):
@@ -182,11 +186,14 @@ def pack_sequences(
             prompt, completion = candidates.prompt[b][mask[b]], candidates.completion[b, n][end[b, n]]
             middle, stop = start + len(prompt), start + len(prompt) + len(completion)
             token[r, start:middle], token[r, middle:stop] = prompt, completion
-            segment[r, start:stop], weight[r, middle:stop] = g, weights[b, n]
+            segment[r, start:stop] = g
+            told = learn[b, n][end[b, n]]
+            weight[r, middle:stop] = np.where(told, weights[b, n], 0)
+            mass[r] += weights[b, n] * told.any()
             count[r], real[b] = count[r] + real[b], False
             start = stop
     count[0] += real.sum()
-    return Sequences(token=token, segment=segment, weight=weight, count=count)
+    return Sequences(token=token, segment=segment, weight=weight, count=count, mass=mass)
 
 
 def rows_needed(sizes: Sequence[int] | Int[np.ndarray, " n"], *, length: int) -> int:

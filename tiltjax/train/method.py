@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import chex
 
-from tiltjax.data.candidates import Candidates
+from tiltjax.data.candidates import Candidates, token_mask
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
 from tiltjax.ops.masked import Average
 from tiltjax.train.state import TrainState
@@ -127,12 +127,12 @@ class Batch:
 
     @property
     def mask(self) -> Bool[Array, "B N T"]:
-        """True on the real tokens of the candidates that count."""
+        """True on the tokens that are learned from, of the candidates that count; see `token_mask`."""
         assert self.candidates.where is not None
-        return self.candidates.completion_mask & self.candidates.where[..., None]
+        return token_mask(self.candidates) & self.candidates.where[..., None]
 
     def change(self, **changes) -> "Batch":
-        """The same batch with other fields; ``where``, ``reward`` and ``completion_mask`` are those of the candidates.
+        """The same batch with other fields; ``where``, ``reward`` and the two masks are those of the candidates.
 
         Args:
           **changes: New values.
@@ -140,7 +140,8 @@ class Batch:
         Returns:
           A new batch.
         """
-        inner = {name: changes.pop(name) for name in ("where", "reward", "completion_mask") if name in changes}
+        names = ("where", "reward", "completion_mask", "loss_mask")
+        inner = {name: changes.pop(name) for name in names if name in changes}
         if inner:
             changes["candidates"] = dataclasses.replace(changes.get("candidates", self.candidates), **inner)
         return dataclasses.replace(self, **changes)

@@ -1,12 +1,13 @@
 """Where models meet losses: ``kernel(logp, candidates)`` becomes the loss function of a train step."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.data.candidates import Candidates
+from tiltjax.data.candidates import Candidates, learned, token_mask
 from tiltjax.data.packing import Sequences
 from tiltjax.losses import mle, preference
 from tiltjax.models.lora import combine
@@ -85,6 +86,7 @@ def likelihood_objective(kernel: Kernel, *, temperature: float = 1.0) -> Callabl
     """
 
     def loss_fn(params: Params, frozen: Params, batch: Candidates, key: PRNGKey):
+        batch = _counting(batch)
         logp = _logp(params, frozen, batch, temperature)
         values, metrics = kernel(logp, batch)
         real = _real(batch)
@@ -110,6 +112,7 @@ def candidate_weights(kernel: Kernel, batch: Candidates) -> Float[Array, "B N"]:
     Raises:
       ValueError: If the kernel is not linear.
     """
+    batch = _counting(batch)
 
     def loss(logp):
         return jnp.sum(kernel(logp, batch)[0])
@@ -140,9 +143,7 @@ def packed_objective() -> Callable:
         logp = model.score_sequences(batch.token, batch.segment).logp
         weight = batch.weight[:, 1:]
         total, prompts = jnp.sum(jnp.where(weight != 0, weight * logp, 0)), jnp.sum(batch.count)
-        first = (weight != 0) & (batch.weight[:, :-1] == 0)
-        mass = jnp.sum(jnp.where(first, weight, 0))
-        return Average(total=-total, count=prompts), {"logp": Average(total=total, count=mass)}
+        return Average(total=-total, count=prompts), {"logp": Average(total=total, count=jnp.sum(batch.mass))}
 
     return loss_fn
 
@@ -151,7 +152,8 @@ def sft_objective() -> Callable:
     """Supervised fine-tuning averaged over tokens: ``-sum logp / number of completion tokens`` of the whole batch."""
 
     def loss_fn(params: Params, frozen: Params, batch: Candidates, key: PRNGKey):
-        mask = batch.completion_mask if batch.where is None else batch.completion_mask & batch.where[..., None]
+        mask, where = token_mask(batch), learned(batch)
+        mask = mask if where is None else mask & where[..., None]
         return average(-_token_logp(params, frozen, batch, 1.0), mask), {}
 
     return loss_fn
@@ -166,12 +168,14 @@ class VarBatch:
       ref_logp: ``[B, N, B]``: entry [i, n, j] is candidate n of prompt j under prompt i, nats.
       reward: Likewise, reward units.
       own: ``[B]``: the ``j`` that is prompt i itself, whatever part of the mini-batch a device or microbatch holds.
+      where: Which of them count, ``[B, N, B]``; None means all.
     """
 
     candidates: Candidates
     ref_logp: Float[Array, "B N M"]
     reward: Float[Array, "B N M"]
     own: Int[Array, " B"]
+    where: Bool[Array, "B N M"] | None = None
 
 
 def var_objective(*, beta: float) -> Callable:
@@ -187,22 +191,29 @@ def var_objective(*, beta: float) -> Callable:
     def loss_fn(params: Params, frozen: Params, batch: VarBatch, key: PRNGKey):
         logp = _logp(params, frozen, batch.candidates, 1.0).T
         cross = (jnp.moveaxis(batch.ref_logp, 1, 0), jnp.moveaxis(batch.reward, 1, 0))
+        where = None if batch.where is None else jnp.moveaxis(batch.where, 1, 0)
         own = jnp.broadcast_to(batch.own, logp.shape)
-        values = mle.var_loss(logp, *cross, beta=beta, matched=own)
-        weights = mle.var_weights(*cross, beta=beta, matched=own)
-        spread = jnp.abs(weights - 1)
-        return average(values), {"weight": average(weights), "weight_below_1": average(spread), "logp": average(logp)}
+        values = mle.var_loss(logp, *cross, beta=beta, matched=own, where=where)
+        weights = mle.var_weights(*cross, beta=beta, matched=own, where=where)
+        real = None if where is None else jnp.take_along_axis(where, own[..., None], axis=-1)[..., 0]
+        measured = {"weight": weights, "weight_below_1": jnp.abs(weights - 1), "logp": logp}
+        return average(values, real), {name: average(value, real) for name, value in measured.items()}
 
     return loss_fn
 
 
 def _logp(params: Params, frozen: Params, batch: Candidates, temperature: float) -> Float[Array, "B N"]:
-    return sequence_logp(_token_logp(params, frozen, batch, temperature), batch.completion_mask)
+    return sequence_logp(_token_logp(params, frozen, batch, temperature), token_mask(batch))
 
 
 def _token_logp(params: Params, frozen: Params, batch: Candidates, temperature: float) -> Float[Array, "B N T"]:
     model = params if frozen is None else combine(params, frozen)
     return model.score(batch.prompt, batch.prompt_mask, batch.completion, temperature=temperature).logp
+
+
+def _counting(batch: Candidates) -> Candidates:
+    """Only the candidates with a token to learn from count."""
+    return dataclasses.replace(batch, where=learned(batch))
 
 
 def _real(batch: Candidates) -> Bool[Array, " B"] | None:

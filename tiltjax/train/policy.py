@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tiltjax.data.candidates import Candidates
+from tiltjax.data.candidates import Candidates, learned, token_mask
 from tiltjax.losses.game import geometric_mixture_logits
 from tiltjax.losses.penalties import kl_k1, kl_k2, kl_k3
 from tiltjax.models.lora import combine, is_adapter, merge
@@ -204,8 +204,8 @@ def kl_along_prefixes(
 
     .. math:: \sum_t \mathrm{KL}\left( \pi(\cdot | y_{<t}) \,\|\, p_\text{ref}(\cdot | y_{<t}) \right)
 
-    over the real tokens of a completion, the whole vocabulary at each. On completions of the policy its mean is the KL
-    of whole completions, as is that of ``k1`` and ``k3``, with less noise.
+    over the tokens of a completion that are learned from, the whole vocabulary at each. On completions of the policy
+    its mean is the KL of whole completions, as is that of ``k1`` and ``k3``, with less noise.
 
     Args:
       params: The policy's.
@@ -217,9 +217,8 @@ def kl_along_prefixes(
     Returns:
       ``kl`` and the sums over tokens ``k1``, ``k2`` and ``k3``, nats per completion, over the candidates that count.
     """
-    mask = candidates.completion_mask
-    if candidates.where is not None:
-        mask = mask & candidates.where[..., None]
+    mask, where = token_mask(candidates), learned(candidates)
+    mask = mask if where is None else mask & where[..., None]
     asked = (candidates.prompt, candidates.prompt_mask, candidates.completion)
     models = [_model(p, frozen) for p in (params, ref_params)]
     ours, theirs = ((model.hidden(*asked), model.projection()) for model in models)

@@ -20,7 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.data.candidates import Candidates
+from tiltjax.data.candidates import Candidates, token_mask
 from tiltjax.losses import preference, reward_model
 from tiltjax.losses.process import aggregate_steps
 from tiltjax.models import lora
@@ -267,7 +267,7 @@ def _outputs(spec: RewardSpec, model: Any, batch: Candidates) -> Array:
     """Log-probabilities ``[B, N]``, scores of every token ``[B, N, T]``, or after the last one."""
     asked = (batch.prompt, batch.prompt_mask, batch.completion)
     if spec.kind in LIKELIHOOD:
-        return sequence_logp(model.score(*asked).logp, batch.completion_mask)
+        return sequence_logp(model.score(*asked).logp, token_mask(batch))
     if spec.kind == "process":
         return model.scores(*asked)[..., 0]
     if spec.kind == "preference":

@@ -155,7 +155,7 @@ def make_scorer() -> Callable[[Transformer, Candidates], Float[Array, "B N"]]:
     @jax.jit
     def scorer(model: Transformer, candidates: Candidates) -> Float[Array, "B N"]:
         stats = model.score(candidates.prompt, candidates.prompt_mask, candidates.completion)
-        return sequence_logp(stats.logp, candidates.completion_mask)
+        return sequence_logp(stats.logp, batches.token_mask(candidates))
 
     return scorer
 
@@ -311,7 +311,7 @@ def score_all(
       NonFiniteError: If a number is not finite.
     """
     scorer = scorer or make_scorer()
-    fields = ("prompt", "prompt_mask", "completion", "completion_mask", *keep)
+    fields = ("prompt", "prompt_mask", "completion", "completion_mask", "loss_mask", "support", *keep)
     bare = Candidates(**{name: getattr(candidates, name) for name in fields})
     lengths = batches.lengths(bare)
     widths = (bare.prompt.shape[-1], bare.completion.shape[-1])

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tiltjax.data.candidates import Candidates
+from tiltjax.data.candidates import Candidates, alike, learned
 from tiltjax.ops.checks import check_at_least
 from tiltjax.ops.masked import Average, average
 from tiltjax.train.method import Batch, Feedback, Method, Players, Round, Sample, View, ViewFn
@@ -96,11 +96,16 @@ def join(method: Method, prompts: Candidates, parts: Sequence[Candidates]) -> Ca
     Returns:
       As `collect`.
     """
-    names = ("completion", "completion_mask", "old_token_logp")
+    parts = alike(parts)
+    names = ["completion", "completion_mask", "old_token_logp"]
+    names += [name for name in ("loss_mask", "support") if getattr(parts[0], name) is not None]
     joined = {name: jnp.concatenate([getattr(part, name) for part in parts], axis=1) for name in names}
     if method.cross > 1:
+        if "support" in joined:
+            raise ValueError(f"top_k and top_p must be off for {method.name}: it looks at completions of other prompts")
+        del joined["old_token_logp"]
         rolled = [jax.tree.map(lambda x: jnp.roll(x, -j, axis=0), joined) for j in range(method.cross)]  # noqa: B023
-        joined = {name: jnp.concatenate([part[name] for part in rolled], axis=1) for name in names[:2]}
+        joined = {name: jnp.concatenate([part[name] for part in rolled], axis=1) for name in joined}
     return Candidates(prompt=prompts.prompt, prompt_mask=prompts.prompt_mask, **joined)
 
 
@@ -115,6 +120,9 @@ def prepare(
     beta: Numeric,
 ) -> tuple[PyTree, Batch]:
     """Views, labels and advantages of a round: all that is constant during its gradient steps.
+
+    Candidates without a token to learn from (`tiltjax.data.candidates.learned`) are labelled as the others are, and
+    then do not count.
 
     Args:
       method: The record.
@@ -143,6 +151,8 @@ def prepare(
         now = dataclasses.replace(now, memory=method.memory.update(now, batch, players.memory))
     for step in (method.label, method.advantage):
         batch = batch if step is None else step(now, batch)
+    # Not before: who is masked out of the loss still has a part in the baselines of the others.
+    batch = batch.change(where=learned(batch.candidates))
     return now.memory, jax.lax.stop_gradient(batch)
 
 
@@ -175,8 +185,8 @@ def objective(method: Method, *, view: ViewFn, beta: Numeric) -> Callable:
 
 def measures(now: View, batch: Batch) -> dict[str, Average]:
     """Metrics over real tokens and candidates only."""
-    now, mask = jax.lax.stop_gradient(now), batch.mask
-    real = batch.where & jnp.any(batch.candidates.completion_mask, axis=-1)
+    now, mask, written = jax.lax.stop_gradient(now), batch.mask, batch.candidates.completion_mask
+    real = batch.where & jnp.any(written, axis=-1)
 
     def ratio(other: View) -> Array:
         return jnp.sum(jnp.where(mask, now.token_logp - other.token_logp, 0), axis=-1)
@@ -185,7 +195,7 @@ def measures(now: View, batch: Batch) -> dict[str, Average]:
         "off_policy": average(jnp.abs(jnp.expm1(jnp.minimum(ratio(batch.old), 20.0))), real),
         "entropy": average(now.entropy, mask),
         "reward": average(batch.reward, real),
-        "length": average(jnp.sum(mask, axis=-1).astype(jnp.float32), real),
+        "length": average(jnp.sum(written, axis=-1).astype(jnp.float32), real),
     }
     if batch.ref_view is None:
         return measured

@@ -7,6 +7,7 @@ from tiltjax.train.method import Batch, Method, ReferenceUpdate, View
 from tiltjax.train.methods.labels import (
     best_and_worst,
     chain,
+    every,
     judged,
     left_out,
     logp_of,
@@ -67,15 +68,17 @@ def _reinforce(token_logp, old_token_logp, advantage, mask):
 
 
 GAME = (
-    Method("spin", "Chen et al., 2024, arXiv:2401.01335", per_completion(_spin), (("data", 1), ("current", 1)),
-           "demonstrations", rounds=4, reads_reference=False, learning_rate=5e-7),
+    Method("spin", "Chen et al., 2024, arXiv:2401.01335", per_completion(_spin, counts=every),
+           (("data", 1), ("current", 1)), "demonstrations", rounds=4, reads_reference=False, learning_rate=5e-7),
     Method("sppo", "Wu et al., 2024, arXiv:2405.00675", per_completion(_sppo), (("current", 5),), "preference",
            label=chain(win_rates, best_and_worst), rounds=4, reads_reference=False, beta=1e-3, learning_rate=5e-7,
            units="preference", optimum="none"),
-    Method("dno", "Rosset et al., 2024, arXiv:2404.03715", per_completion(_dno), (("current", 4),), "preference",
-           label=chain(win_rates, best_and_worst), rounds=4, reads_reference=False, units="preference", optimum="none"),
-    Method("inpo", "Zhang et al., 2024, arXiv:2407.00617", per_completion(_inpo), (("current", 2),), "preference",
-           label=judged, rounds=4, beta=0.005, learning_rate=5e-7, units="preference", optimum="equilibrium"),
+    Method("dno", "Rosset et al., 2024, arXiv:2404.03715", per_completion(_dno, counts=every), (("current", 4),),
+           "preference", label=chain(win_rates, best_and_worst), rounds=4, reads_reference=False, units="preference",
+           optimum="none"),
+    Method("inpo", "Zhang et al., 2024, arXiv:2407.00617", per_completion(_inpo, counts=every), (("current", 2),),
+           "preference", label=judged, rounds=4, beta=0.005, learning_rate=5e-7, units="preference",
+           optimum="equilibrium"),
     Method("nash_md", "Munos et al., 2023, arXiv:2312.00886", _nash_md, (("current", 4), ("mixture", 4)),
            "preference", label=win_rates_against, units="preference", optimum="equilibrium"),
     Method("spo", SWAMY, surrogate(_reinforce, mode="seq_mean_token_sum"), (("current", 4), ("previous", 4)),
@@ -83,9 +86,9 @@ GAME = (
            optimum="equilibrium"),
     Method("mpo", "Wang et al., 2024, arXiv:2410.16714", _mpo, (("current", 8),), "preference", label=win_rates,
            advantage=left_out, epochs=2, reference=ReferenceUpdate(every=16), units="preference", optimum="none"),
-    Method("rebel", "Gao et al., 2024, arXiv:2404.16767", per_completion(_rebel), (("current", 2),), rounds=4,
-           reads_reference=False, beta=1.0, learning_rate=3e-7, optimum="none"),
-    Method("xpo", "Xie et al., 2024, arXiv:2405.21046", per_completion(_xpo), (("current", 1), ("reference", 1)),
-           "preference", label=judged, learning_rate=5e-7),
+    Method("rebel", "Gao et al., 2024, arXiv:2404.16767", per_completion(_rebel, counts=every), (("current", 2),),
+           rounds=4, reads_reference=False, beta=1.0, learning_rate=3e-7, optimum="none"),
+    Method("xpo", "Xie et al., 2024, arXiv:2405.21046", per_completion(_xpo, counts=every),
+           (("current", 1), ("reference", 1)), "preference", label=judged, learning_rate=5e-7),
 )  # fmt: skip
 """SPIN, SPPO, DNO, INPO, Nash-MD, SPO, MPO, REBEL and XPO."""

@@ -1,5 +1,6 @@
 """Methods that need nobody's judgement: the policy's own certainty, or the majority of its answers, as the reward."""
 
+from tiltjax.data.candidates import token_mask
 from tiltjax.losses.penalties import kl_k3
 from tiltjax.losses.policy_gradient import ppo_clip_loss
 from tiltjax.rewards.internal import empo_reward, sequence_entropy_reward, token_entropy_reward, token_mean, ttrl_reward
@@ -12,12 +13,12 @@ __all__ = ["INTERNAL"]
 
 def self_certainty(now: Round, batch: Batch) -> Batch:
     """How far from uniform the policy was."""
-    return batch.change(reward=token_mean(batch.old.self_certainty, where=batch.candidates.completion_mask))
+    return batch.change(reward=token_mean(batch.old.self_certainty, where=token_mask(batch.candidates)))
 
 
 def token_entropy(now: Round, batch: Batch) -> Batch:
     """Minus the entropy along the completion."""
-    return batch.change(reward=token_entropy_reward(batch.old.entropy, where=batch.candidates.completion_mask))
+    return batch.change(reward=token_entropy_reward(batch.old.entropy, where=token_mask(batch.candidates)))
 
 
 def sequence_entropy(now: Round, batch: Batch) -> Batch:

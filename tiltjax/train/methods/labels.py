@@ -14,6 +14,7 @@ from tiltjax.advantages import (
     reinforce_pp_advantage,
     token_reward,
 )
+from tiltjax.data.candidates import token_mask
 from tiltjax.exact.game import bradley_terry
 from tiltjax.losses.game import self_play_reward, spo_reward
 from tiltjax.losses.penalties import kl_k1
@@ -23,7 +24,7 @@ from tiltjax.ops.tokens import sequence_logp
 from tiltjax.rewards.shaping import overlong_penalty
 from tiltjax.samplers.best_of_n import best_of_n
 from tiltjax.train.method import Batch, Loss, Prepare, Round, View
-from tiltjax.types import Array, Float, Int, Numeric
+from tiltjax.types import Array, Bool, Float, Int, Numeric
 
 __all__ = [
     "actor_critic",
@@ -34,6 +35,7 @@ __all__ = [
     "chosen",
     "desirable",
     "drawn_logp",
+    "every",
     "first_source",
     "greedy_centred",
     "group_scaled",
@@ -44,6 +46,7 @@ __all__ = [
     "lengths",
     "logp_of",
     "overlong",
+    "own",
     "per_completion",
     "preferences",
     "ranked",
@@ -57,18 +60,18 @@ __all__ = [
 
 
 def logp_of(view: View, batch: Batch) -> Float[Array, "B N"]:
-    """Log-probability of every completion under a view, nats."""
-    return sequence_logp(view.token_logp, batch.candidates.completion_mask)
+    """Log-probability of every completion under a view, nats: of the tokens that are learned from."""
+    return sequence_logp(view.token_logp, token_mask(batch.candidates))
 
 
 def drawn_logp(batch: Batch) -> Float[Array, "B N"]:
-    """Log-probability of every completion under whoever drew it, nats."""
-    return sequence_logp(batch.candidates.old_token_logp, batch.candidates.completion_mask)
+    """Log-probability of every completion under whoever drew it, nats: of the same tokens."""
+    return sequence_logp(batch.candidates.old_token_logp, token_mask(batch.candidates))
 
 
 def lengths(batch: Batch) -> Int[Array, "B N"]:
-    """Tokens of every completion, EOS included."""
-    return jnp.sum(batch.candidates.completion_mask, axis=-1)
+    """Tokens that make up `logp_of` of every completion, EOS included."""
+    return jnp.sum(token_mask(batch.candidates), axis=-1)
 
 
 def chain(*steps: Prepare) -> Prepare:
@@ -82,11 +85,26 @@ def chain(*steps: Prepare) -> Prepare:
     return run
 
 
-def per_completion(kernel: Callable[..., Array]) -> Loss:
+def _any(where: Bool[Array, "B N"]) -> Bool[Array, " B"]:
+    return jnp.any(where, axis=-1)
+
+
+def every(where: Bool[Array, "B N"]) -> Bool[Array, " B"]:
+    """Prompts all of whose candidates count: what a loss on pairs needs."""
+    return jnp.all(where, axis=-1)
+
+
+def own(where: Bool[Array, "B N"]) -> Bool[Array, " B"]:
+    """Prompts whose own candidate counts, of those that `Method.cross` puts together."""
+    return where[:, 0]
+
+
+def per_completion(kernel: Callable[..., Array], *, counts: Callable[[Array], Array] = _any) -> Loss:
     """A loss from ``kernel(logp, batch, beta)``, whose values are averaged over the prompts or candidates that count.
 
     Args:
       kernel: Gives one value per prompt, ``[B]``, or per candidate, ``[B, N]``.
+      counts: ``where [B, N] -> [B]``: which prompts count, where the kernel gives one value of each. `every` for pairs.
 
     Returns:
       `Loss`.
@@ -94,7 +112,7 @@ def per_completion(kernel: Callable[..., Array]) -> Loss:
 
     def loss(view: View, batch: Batch, beta: Numeric) -> Average:
         values = kernel(logp_of(view, batch), batch, beta)
-        where = batch.where if values.ndim == 2 else jnp.any(batch.where, axis=-1)
+        where = batch.where if values.ndim == 2 else counts(batch.where)
         return average(values, where)
 
     return loss
@@ -249,7 +267,8 @@ def overlong(now: Round, batch: Batch) -> Batch:
     T = batch.candidates.completion.shape[-1]
     if T < 5:
         return batch
-    return batch.change(reward=batch.reward + overlong_penalty(lengths(batch), max_length=T, cache=T // 5))
+    written = jnp.sum(batch.candidates.completion_mask, axis=-1)
+    return batch.change(reward=batch.reward + overlong_penalty(written, max_length=T, cache=T // 5))
 
 
 def left_out(now: Round, batch: Batch) -> Batch:

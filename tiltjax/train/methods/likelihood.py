@@ -7,7 +7,7 @@ from tiltjax.advantages import leave_one_out
 from tiltjax.losses import mle
 from tiltjax.tilt.partition import leave_one_out_log_partition
 from tiltjax.train.method import Batch, Method
-from tiltjax.train.methods.labels import chosen, implied, logp_of, per_completion
+from tiltjax.train.methods.labels import chosen, implied, logp_of, own, per_completion
 from tiltjax.types import Array, Numeric
 
 __all__ = ["LIKELIHOOD"]
@@ -34,7 +34,7 @@ def best(logp: Array, batch: Batch, beta: Numeric) -> Array:
 def right(logp: Array, batch: Batch, beta: Numeric) -> Array:
     """Candidates above their prompt's mean reward, alike."""
     mean = jnp.mean(batch.reward, axis=-1, keepdims=True)
-    weights = (batch.reward > mean).astype(logp.dtype)
+    weights = (batch.where & (batch.reward > mean)).astype(logp.dtype)
     return mle.weighted_mle_loss(logp, weights, where=batch.where) / jnp.maximum(jnp.sum(weights, axis=-1), 1)
 
 
@@ -47,8 +47,8 @@ def var_importance(logp: Array, batch: Batch, beta: Numeric) -> Array:
 
 def var(logp: Array, batch: Batch, beta: Numeric) -> Array:
     """As printed: the weight of the prompt's own completion among those of the mini-batch."""
-    own = jnp.zeros(logp.shape[:1], jnp.int32)
-    return mle.var_loss(logp[:, 0], logp_of(batch.ref, batch), batch.reward, beta=beta, matched=own)
+    first, ref_logp = jnp.zeros(logp.shape[:1], jnp.int32), logp_of(batch.ref, batch)
+    return mle.var_loss(logp[:, 0], ref_logp, batch.reward, beta=beta, matched=first, where=batch.where)
 
 
 def rwr(logp: Array, batch: Batch, beta: Numeric) -> Array:
@@ -79,7 +79,7 @@ LIKELIHOOD = (
            learning_rate=1e-6),
     Method("var_iterated", DU, per_completion(var_importance), ONLINE, label=implied, rounds=4, learning_rate=1e-6),
     Method("var", DU, per_completion(var_importance), ONLINE, label=implied, learning_rate=1e-6),
-    Method("var_printed", DU, per_completion(var), (("initial", 1),), rounds=1, cross=8, learning_rate=1e-6,
+    Method("var_printed", DU, per_completion(var, counts=own), (("initial", 1),), rounds=1, cross=8, learning_rate=1e-6,
            optimum="none"),
     Method("best_of_n_sft", "Dong et al., 2023, arXiv:2304.06767", per_completion(best), OFFLINE, rounds=1,
            reads_reference=False, optimum="none"),

@@ -18,7 +18,6 @@ from tiltjax.losses.constrained import (
 from tiltjax.losses.penalties import kl_k3
 from tiltjax.losses.process import implicit_prm_ce_loss, implicit_process_reward
 from tiltjax.ops.masked import Average, average, masked_mean
-from tiltjax.ops.tokens import sequence_logp
 from tiltjax.train.method import Batch, Memory, Method, ReferenceUpdate, Round, View
 from tiltjax.train.methods.labels import (
     actor_critic,
@@ -81,6 +80,7 @@ def _ppo(now: Round, batch: Batch) -> Batch:
 def _ptx_ppo_loss(view: View, batch: Batch, beta: Numeric) -> Average:
     policy = _ppo_loss(view, batch, beta)
     mask = batch.candidates.completion_mask & (batch.source == 1)[..., None]
+    mask = mask if batch.candidates.loss_mask is None else mask & batch.candidates.loss_mask
     data = pg.aggregate(ptx_loss(view.token_logp, mask, coefficient=PTX_WEIGHT), mask, mode="token_mean")
     share = data.mean * policy.count
     return Average(total=policy.total + share, count=policy.count)
@@ -130,7 +130,7 @@ def process_reward_memory(*, beta: float = PROCESS_BETA, learning_rate: float = 
         ref_logp = logp_of(batch.ref, batch)
 
         def loss(params: Params) -> Array:
-            logp = sequence_logp(now.view(params, batch.candidates).token_logp, batch.candidates.completion_mask)
+            logp = logp_of(now.view(params, batch.candidates), batch)
             values = implicit_prm_ce_loss(logp, ref_logp, correct, beta=beta, where=batch.where)
             return average(values, batch.where).mean
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from tiltjax.data.candidates import token_mask
 from tiltjax.losses import binary, preference
 from tiltjax.ops.masked import Average, average
 from tiltjax.train.method import Batch, Loss, Method, ReferenceUpdate, View
@@ -14,6 +15,7 @@ from tiltjax.train.methods.labels import (
     balanced,
     best_and_worst,
     desirable,
+    every,
     judged,
     lengths,
     logp_of,
@@ -40,7 +42,7 @@ def _pairwise(
         arrays = [logp, *([logp_of(batch.ref, batch)] if ref else []), *([lengths(batch)] if length else [])]
         return loss(*arrays, **({"beta": strength} if beta else {}), where=batch.where)
 
-    return per_completion(kernel), paper, paper_beta, ref
+    return per_completion(kernel, counts=every), paper, paper_beta, ref
 
 
 def _nca_pair(logp, ref_logp, *, beta, where):
@@ -53,7 +55,7 @@ def _bco_pair(logp, ref_logp, *, beta, where):
 
 
 def _ld_dpo(view: View, batch: Batch, beta: Numeric) -> Average:
-    mask = batch.candidates.completion_mask
+    mask = token_mask(batch.candidates)
     ours, theirs = (
         preference.length_desensitised_logp(x, mask, alpha=0.5) for x in (view.token_logp, batch.ref.token_logp)
     )
@@ -144,9 +146,9 @@ PREFERENCE = (
                         draw=(("initial", 25),), label=best_and_worst, temperature=0.1, beta=0.05, learning_rate=3e-7,
                         optimum="none"),
     # The paper draws three times, this record anew for every mini-batch; the reference is whoever drew.
-    Method("online_dpo_best_worst", "Yuan et al., 2024, arXiv:2401.10020", per_completion(_dpo_from_sampler),
-           (("current", 4),), "preference", label=best_and_worst, reads_reference=False, learning_rate=1e-6,
-           optimum="none"),
+    Method("online_dpo_best_worst", "Yuan et al., 2024, arXiv:2401.10020",
+           per_completion(_dpo_from_sampler, counts=every), (("current", 4),), "preference",
+           label=best_and_worst, reads_reference=False, learning_rate=1e-6, optimum="none"),
     Method("plackett_luce", RAFAILOV, per_completion(_ranked), (("initial", 4),), "preference", label=ranked,
            rounds=1, learning_rate=1e-6),
     Method("nca", "Chen et al., 2024, arXiv:2402.05369", per_completion(_nca), (("initial", 4),), rounds=1,
