@@ -126,7 +126,10 @@ def load_given(config: Any, record: Method | None, rows: Sequence[Any], tokenize
     if "demonstrations" in wanted:
         told = _demonstrations(config, rows)
         prompts = [row.prompt for row, group in zip(rows, told, strict=True) for _ in group]
-        flat = text.encode_completions(tokenizer, [one for group in told for one in group], prompts=prompts)
+        templates = [row.template for row, group in zip(rows, told, strict=True) for _ in group]
+        flat = text.encode_completions(
+            tokenizer, [one for group in told for one in group], prompts=prompts, templates=templates
+        )
         ends = np.cumsum([len(group) for group in told]).tolist()
         found["demonstrations"] = [flat[end - len(group) : end] for end, group in zip(ends, told, strict=True)]
         parts.append(repr(told))
@@ -166,9 +169,13 @@ def _corpus(config: Any, tokenizer: text.Tokenizer) -> Candidates:
     """A completion for each of its own prompts; text without one follows BOS, or EOS where the tokenizer has no BOS."""
     rows: list[Any] = read(config.corpus, "supervised")
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text.eos_id(tokenizer)]
-    prompts = [text.encode_prompts(tokenizer, [row.prompt])[0] if row.prompt else start for row in rows]
-    said = text.encode_completions(tokenizer, [row.completion for row in rows], prompts=[row.prompt for row in rows])
-    options: dict[str, Any] = {"pad_id": text.pad_id(tokenizer), "completion_length": config.max_tokens}
+    asked = [row for row in rows if row.prompt]
+    options: dict[str, Any] = {"templates": [row.template for row in asked], "max_tokens": config.max_tokens}
+    encoded = iter(text.encode_prompts(tokenizer, [row.prompt for row in asked], **options))
+    prompts = [next(encoded) if row.prompt else start for row in rows]
+    options = {"prompts": [row.prompt for row in rows], "templates": [row.template for row in rows]}
+    said = text.encode_completions(tokenizer, [row.completion for row in rows], **options)
+    options = {"pad_id": text.pad_id(tokenizer), "completion_length": config.max_tokens}
     return supervised(prompts, said, truncate=True, **options)
 
 
@@ -193,8 +200,16 @@ class _LearnedCost:
     def fingerprint(self) -> str:
         return self.model.fingerprint
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        return [-(reward + self.model.spec.offset) for reward in self.model(prompts, completions)]
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        prompt: list[text.Text] | None = None,
+        tools: list | None = None,
+        chat_template_kwargs: list | None = None,
+    ) -> list[float]:
+        rewards = self.model(prompts, completions, prompt, tools, chat_template_kwargs)
+        return [-(reward + self.model.spec.offset) for reward in rewards]
 
 
 def feedback(world: Any, record: Method, rows: Int[Array, " B"], drawn: Candidates) -> Feedback:

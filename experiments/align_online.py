@@ -231,7 +231,7 @@ def _replaced(batch: tuple, good: Bool[Array, " B"], more: tuple, better: Bool[A
 
 
 def _prompts(world: World) -> Candidates:
-    tokens = text.encode_prompts(world.tokenizer, [row.prompt for row in world.rows["train"]])
+    tokens = world.encode(world.rows["train"])
     prompt, mask = pad(tokens, pad_id=text.pad_id(world.tokenizer))
     empty = np.zeros((len(prompt), 0, world.config.max_tokens), np.int32)
     return Candidates(prompt=prompt, prompt_mask=mask, completion=empty, completion_mask=empty > 0)

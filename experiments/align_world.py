@@ -15,6 +15,7 @@ from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
 from tiltjax.data.datasets import PromptRow, read
+from tiltjax.data.limits import limit
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.gate import required_columns, score
@@ -27,7 +28,7 @@ from tiltjax.train.methods import METHODS
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
 from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec
 
-__all__ = ["World", "prepare", "prompt_rows"]
+__all__ = ["World", "prepare", "prompt_rows", "score_rows"]
 
 PROMPTS = pathlib.Path(__file__).parent / "prompts"
 DOUBLINGS = 6
@@ -74,7 +75,7 @@ class World:
         drawn = collect(
             jax.random.fold_in(jax.random.key(config.seed), seed),
             model,
-            text.encode_prompts(self.tokenizer, [row.prompt for row in rows]),
+            self.encode(rows),
             sampler=self.sampler,
             pad_id=text.pad_id(self.tokenizer),
             batch_size=size,
@@ -86,6 +87,10 @@ class World:
         )
         distributed.by_main(lambda: batches.save(path, drawn, fingerprint=self.fingerprint))
         return drawn, self.texts(drawn)
+
+    def encode(self, rows: list) -> list[list[int]]:
+        """Token ids of prompts that completions of ``max_tokens`` are to follow."""
+        return _encode(self.tokenizer, rows, self.config)
 
     def texts(self, drawn: Candidates) -> list[list[str]]:
         """The completions as text."""
@@ -100,12 +105,7 @@ class World:
     def _score(self, rows: list, completions: list[list[str]], each: int) -> np.ndarray:
         if not rows:
             return np.zeros((0, each), np.float32)
-        shown = [text.prompt_text(row.prompt) for row in rows for _ in range(each)]
-        names = sorted({name for row in rows for name in row.columns})
-        columns = {name: [row.columns.get(name) for row in rows for _ in range(each)] for name in names}
-        flat = [completion for group in completions for completion in group]
-        values = score(self.reward, shown, flat, columns=columns, name=self.config.reward, batch_size=64 * each)
-        return values.reshape(len(rows), each)
+        return score_rows(self.reward, rows, completions, name=self.config.reward)
 
     def ref_logp(self, drawn: Candidates, description: str) -> np.ndarray:
         """Log-probability of every completion under the reference, by the scorer."""
@@ -135,6 +135,35 @@ class World:
 
         distributed.by_main(keep)
         return drawn
+
+
+def score_rows(reward: Any, rows: list, completions: list[list[str]], *, name: str | None = None) -> np.ndarray:
+    """Rewards of N completions of every row, in this process.
+
+    Args:
+      reward: Called with texts, and with the columns that it asks for, the whole prompt among them.
+      rows: P prompt rows.
+      completions: N texts of each.
+      name: Of the reward, for messages; None takes the function's.
+
+    Returns:
+      ``[P, N]``.
+    """
+    each = len(completions[0]) if rows else 1
+    shown = [text.prompt_text(row.prompt) for row in rows for _ in range(each)]
+    names = sorted({name for row in rows for name in row.columns})
+    columns = {name: [row.columns.get(name) for row in rows for _ in range(each)] for name in names}
+    columns["prompt"] = [row.prompt for row in rows for _ in range(each)]
+    flat = [completion for group in completions for completion in group]
+    return score(reward, shown, flat, columns=columns, name=name, batch_size=64 * each).reshape(len(rows), each)
+
+
+def _encode(tokenizer: text.Tokenizer, rows: list, config: AlignConfig) -> list[list[int]]:
+    prompts, templates = [row.prompt for row in rows], [row.template for row in rows]
+    try:
+        return text.encode_prompts(tokenizer, prompts, templates=templates, max_tokens=config.max_tokens)
+    except ValueError as error:
+        raise ValueError(f"{config.prompts}: {error}") from None
 
 
 def prompt_rows(source: str, wanted: int, *, seed: int) -> list:
@@ -188,7 +217,6 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     tokenizer = text.load_tokenizer(source)
     train, held_out = rows[: config.num_prompts], rows[config.num_prompts : wanted]
     record = METHODS[RECORDS[config.method]] if config.method in RECORDS else None
-    given = load_given(config, record, train, tokenizer)
     dtype = fast_dtype() if config.compute_dtype == "auto" else config.compute_dtype
     model = pretrained.load(
         source,
@@ -197,6 +225,9 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         attention=config.attention,
         sharding=lambda path, shape: NamedSharding(mesh, param_spec(path, shape, mesh)),
     )
+    limit(tokenizer, model.config)
+    _encode(tokenizer, [*train, *held_out], config)  # What cannot be read is refused before anything is sampled.
+    given = load_given(config, record, train, tokenizer)
     sampler = make_sampler(
         num_candidates=config.num_candidates,
         max_tokens=config.max_tokens,

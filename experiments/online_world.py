@@ -11,11 +11,10 @@ import numpy as np
 
 from experiments.align_config import RECORDS, AlignConfig
 from experiments.align_online import improve
-from experiments.align_world import World, prepare
+from experiments.align_world import World, prepare, score_rows
 from tiltjax.data import text
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.tokens import sequence_logp
-from tiltjax.rewards.gate import score
 from tiltjax.rewards.registry import load_reward
 from tiltjax.train import checkpoint
 from tiltjax.train.config import save_config, write_text
@@ -102,11 +101,7 @@ def _at(world: World, directory: pathlib.Path, method: str) -> World:
 def _gold(bench: Bench, texts: list[list[str]]) -> np.ndarray | None:
     if bench.gold is None:
         return None
-    rows, each = bench.world.rows["heldout"], len(texts[0])
-    shown = [text.prompt_text(row.prompt) for row in rows for _ in range(each)]
-    columns = {name: [row.columns[name] for row in rows for _ in range(each)] for name in rows[0].columns}
-    flat = [completion for group in texts for completion in group]
-    return score(bench.gold[1], shown, flat, columns=columns, name=bench.gold[0]).reshape(len(rows), each)
+    return score_rows(bench.gold[1], bench.world.rows["heldout"], texts, name=bench.gold[0])
 
 
 def _read(bench: Bench, directory: pathlib.Path, method: str, policy: Transformer, played: int) -> Reading:

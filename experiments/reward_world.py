@@ -13,14 +13,15 @@ import jax
 import numpy as np
 
 from experiments.align_config import AlignConfig
-from experiments.align_world import World
+from experiments.align_world import World, score_rows
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
+from tiltjax.data.chat import transcript
 from tiltjax.data.datasets import DataError, read
+from tiltjax.data.limits import limit
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
-from tiltjax.rewards.gate import score
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.learned_reward import encode, source_of
 from tiltjax.train.reward_model import Labelled, RewardSpec, step_ends
@@ -80,16 +81,16 @@ def drawn_split(
       The split, and how often the labels of comparisons agree with the sign of the gold reward's difference.
     """
     drawn, texts = world.rollout(name, world.model, seed=("train", "heldout").index(name))
-    prompts = [row.prompt for row in world.rows[name]]
+    prompts, templates = [row.prompt for row in world.rows[name]], [row.template for row in world.rows[name]]
     gold = np.asarray(drawn.reward, np.float64)
     rng = np.random.default_rng([world.config.seed, len(name)])
-    candidates = encode(world.tokenizer, prompts, texts)
+    candidates = encode(world.tokenizer, prompts, texts, templates=templates)
     pair = pairs_of(*gold.shape, most=most, rng=rng)
     rows = np.arange(len(pair))[:, None]
     ahead = scale * (gold[rows, pair[..., 0]] - gold[rows, pair[..., 1]])
     log_odds = ahead
     if compare is not None:
-        shown = [text.prompt_text(prompt) for prompt in prompts]
+        shown = [transcript(prompt) for prompt in prompts]
         first, second = ([texts[p][i] for p, places in enumerate(pair[..., k]) for i in places] for k in (0, 1))
         log_odds = compare([shown[p] for p in range(len(pair)) for _ in pair[p]], first, second).reshape(ahead.shape)
     swapped = ~_bernoulli(rng, log_odds)
@@ -118,12 +119,8 @@ def _prefix_gold(world: World, rows: list, candidates: Candidates, spec: RewardS
     places = np.argwhere(np.asarray(step_ends(spec, tokens, candidates.completion_mask)))
     until = np.arange(tokens.shape[-1])[None] <= places[:, 2:]
     cut = text.decode_completions(world.tokenizer, tokens[places[:, 0], places[:, 1]][None], until[None])[0]
-    asked = [rows[p] for p in places[:, 0]]
-    names = sorted({name for row in rows for name in row.columns})
-    columns = {name: [row.columns.get(name) for row in asked] for name in names}
     out = np.zeros(tokens.shape)
-    shown = [text.prompt_text(row.prompt) for row in asked]
-    out[tuple(places.T)] = score(world.reward, shown, cut, columns=columns)
+    out[tuple(places.T)] = score_rows(world.reward, [rows[p] for p in places[:, 0]], [[one] for one in cut])[:, 0]
     return out
 
 
@@ -152,18 +149,18 @@ def file_splits(source: str, tokenizer: text.Tokenizer, spec: RewardSpec, *, hel
     rows: list[Any] = list(read(source, kind))
     if len(rows) < held_out + 2:
         raise ValueError(f"{source}: {held_out + 2} rows are needed (2 to learn from), the file has {len(rows)}")
-    prompts = [row.prompt for row in rows]
+    prompts, templates = [row.prompt for row in rows], [row.template for row in rows]
     labels: dict[str, Any] = {}
     if spec.kind == "process":
         candidates, labels["step_label"] = _steps(source, tokenizer, rows)
         groups = [["".join(row.columns["completions"])] for row in rows]
     elif spec.kind == "outcome":
         groups = [[row.completion] for row in rows]
-        candidates = encode(tokenizer, prompts, groups)
+        candidates = encode(tokenizer, prompts, groups, templates=templates)
         labels["label"] = np.array([[row.label] for row in rows])
     else:
         groups = [[row.chosen, row.rejected] for row in rows]
-        candidates = encode(tokenizer, prompts, groups)
+        candidates = encode(tokenizer, prompts, groups, templates=templates)
         labels["pair"] = np.broadcast_to(np.array([[[0, 1]]]), (len(rows), 1, 2)).copy()
         labels["pair_where"] = np.full((len(rows), 1), True)
         if spec.kind == "cost":
@@ -188,11 +185,13 @@ def _steps(source: str, tokenizer: text.Tokenizer, rows: list) -> tuple[Candidat
         if not (isinstance(steps, list) and isinstance(labels, list) and len(steps) == len(labels) > 0):
             raise DataError(f"{source}:{i}: completions and labels must be lists of the same length, not empty")
         lines = text.encode_completions(tokenizer, [f"{step.rstrip()}\n" for step in steps[:-1]], eos=False)
-        lines += text.encode_completions(tokenizer, steps[-1:])
+        lines += text.encode_completions(tokenizer, steps[-1:], prompts=[row.prompt])
         completions.append([token for line in lines for token in line])
         ends.append(dict(zip(np.cumsum([len(line) for line in lines]) - 1, labels, strict=True)))
     candidates = batches.supervised(
-        text.encode_prompts(tokenizer, [row.prompt for row in rows]), completions, pad_id=text.pad_id(tokenizer)
+        text.encode_prompts(tokenizer, [row.prompt for row in rows], templates=[row.template for row in rows]),
+        completions,
+        pad_id=text.pad_id(tokenizer),
     )
     label = np.full(candidates.completion.shape, -100, np.int32)
     for row, marked in zip(label, ends, strict=True):
@@ -230,6 +229,7 @@ def judge(policy: str, config: AlignConfig, *, criterion: str, batch_size: int) 
     tokenizer = text.load_tokenizer(source)
     dtype = fast_dtype() if config.compute_dtype == "auto" else config.compute_dtype
     model: Transformer = pretrained.load(source, compute_dtype=dtype, attention=config.attention)
+    limit(tokenizer, model.config)
     answers = text.encode_completions(tokenizer, ["A", "B"], eos=False)
 
     def compare(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
@@ -242,7 +242,7 @@ def judge(policy: str, config: AlignConfig, *, criterion: str, batch_size: int) 
 
         questions = [asked(*row) for row in zip(prompts, first, second, strict=True)]
         questions += [asked(p, b, a) for p, a, b in zip(prompts, first, second, strict=True)]
-        tokens = text.encode_prompts(tokenizer, questions)
+        tokens = text.encode_prompts(tokenizer, questions, max_tokens=1)
         rows = batches.from_tokens(tokens, [answers] * len(tokens), pad_id=text.pad_id(tokenizer))
         logp = score_all(model, rows, batch_size=batch_size, description="judge")
         log_odds = (logp[:, 0] - logp[:, 1]).reshape(2, -1)

@@ -14,7 +14,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
 from tiltjax.data import text as lib
-from tiltjax.data.limits import limit
+from tiltjax.data.limits import Limits, limit
 
 CASES = pathlib.Path(__file__).parents[1] / "cases"
 BOS, EOS, TURN = 256, 257, 258
@@ -318,9 +318,9 @@ class TestSmolLM2:
 def test_an_id_beyond_the_vocabulary_is_refused(make_tokenizer):
     tokenizer = make_tokenizer()
     assert lib.encode_prompts(tokenizer, ["<|turn|>"]) == [[TURN]]
-    limit(tokenizer, vocab_size=300)
-    limit(tokenizer, vocab_size=TURN)
-    limit(tokenizer, vocab_size=300, trained_length=9)  # Another model that reads the same tokens.
+    limit(tokenizer, Limits(vocab_size=300))
+    limit(tokenizer, Limits(vocab_size=TURN))
+    limit(tokenizer, Limits(vocab_size=300, max_positions=9))  # Another model that reads the same tokens.
     message = "has the token '<|turn|>' of id 258, but the model's vocab_size is 258"
     with pytest.raises(ValueError, match=f"prompt 1 {re.escape(message)}"):
         lib.encode_prompts(tokenizer, ["a", "<|turn|>"])
@@ -334,7 +334,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(make_tokenizer):
 )
 def test_a_position_beyond_the_table_is_refused(make_tokenizer):
     tokenizer = make_tokenizer()
-    limit(tokenizer, vocab_size=300, position_table=5, trained_length=5)
+    limit(tokenizer, Limits(vocab_size=300, position_table=5, max_positions=5))
     assert lib.encode_prompts(tokenizer, ["abc"], max_tokens=2) == [list(b"abc")]
     with pytest.raises(ValueError, match="prompt 1 takes 6 positions, but the model has 5 learned ones"):
         lib.encode_prompts(tokenizer, ["abc", "abcd"], max_tokens=2)
@@ -349,7 +349,7 @@ def test_a_position_beyond_the_table_is_refused(make_tokenizer):
 )
 def test_a_length_beyond_training_is_warned_of_once(make_tokenizer, caplog):
     tokenizer = make_tokenizer()
-    limit(tokenizer, vocab_size=300, trained_length=7)
+    limit(tokenizer, Limits(vocab_size=300, max_positions=7))
     for _ in range(2):
         lib.encode_prompts(tokenizer, ["abc", "abcd", "abcde"], max_tokens=4)
     (record,) = caplog.records

@@ -20,33 +20,29 @@ class Limits:
     Attributes:
       vocab_size: Ids are below it.
       position_table: Rows of its table of learned positions; None where positions rotate.
-      trained_length: Longest sequence that it was trained on, tokens; None where that is not known.
+      max_positions: Longest sequence that it was trained on, tokens; None where that is not known.
     """
 
     vocab_size: int
     position_table: int | None = None
-    trained_length: int | None = None
+    max_positions: int | None = None
 
 
-def limit(
-    tokenizer: Any, *, vocab_size: int, position_table: int | None = None, trained_length: int | None = None
-) -> None:
+def limit(tokenizer: Any, model: Any) -> None:
     """Tells a tokenizer what its model can read: from then on, encoding refuses what lies beyond.
 
     JAX reads the last row of a table in place of one beyond it, and says nothing. Of several models that read the same
     tokens, each is told to the tokenizer, and the narrowest counts.
 
     Args:
-      tokenizer: From `load_tokenizer`.
-      vocab_size: Of the model.
-      position_table: Likewise, see `Limits`.
-      trained_length: Likewise.
+      tokenizer: From `tiltjax.data.text.load_tokenizer`.
+      model: `Limits`, or the `tiltjax.models.config.TransformerConfig` of a model, which has these fields.
     """
-    new = dataclasses.asdict(Limits(vocab_size, position_table, trained_length))
-    known = {} if (before := _limits(tokenizer)) is None else dataclasses.asdict(before)
+    known = _limits(tokenizer)
     least: dict[str, Any] = {}
-    for name, value in new.items():
-        least[name] = min((x for x in (value, known.get(name)) if x is not None), default=None)
+    for name in (field.name for field in dataclasses.fields(Limits)):
+        values = [getattr(model, name), getattr(known, name, None)]
+        least[name] = min((value for value in values if value is not None), default=None)
     tokenizer.model_limits = Limits(**least)
 
 
@@ -68,7 +64,7 @@ def check_positions(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
     limits, sizes = _limits(tokenizer), np.asarray(lengths, int)
     if limits is None or not sizes.size:
         return
-    table, trained = limits.position_table, limits.trained_length
+    table, trained = limits.position_table, limits.max_positions
     if table is not None and sizes.max() > table:
         i = int(np.argmax(sizes > table))
         raise ValueError(f"{name} {i} takes {sizes[i]} positions, but the model has {table} learned ones")

@@ -4,6 +4,9 @@ A reward is any callable ``(prompts, completions) -> floats``, called with two l
 repeated for each of its candidates) and returning one number per completion, higher is better. A further parameter is a
 column of the prompt rows: ``def reward(prompts, completions, answer)`` receives the list of the rows' "answer", aligned
 with the completions. A parameter with a default is optional, and ``**columns`` takes every column there is.
+
+``prompts`` are texts: of a conversation, the last message of the user. A reward that needs the conversation asks for it
+by a parameter ``prompt``, the column as the row has it: a text, or the list of all messages.
 """
 
 import functools
@@ -70,7 +73,7 @@ def required_columns(reward_fn: Callable[..., Any]) -> tuple[str, ...]:
       reward_fn: A reward.
 
     Returns:
-      Names, in the order of the signature.
+      Names, in the order of the signature, without "prompt", which every row has.
 
     Raises:
       RewardError: If the reward takes ``completions`` first.
@@ -79,13 +82,15 @@ def required_columns(reward_fn: Callable[..., Any]) -> tuple[str, ...]:
       >>> required_columns(lambda prompts, completions, answer, unit="m": [0.0])
       ('answer',)
     """
-    return tuple(_column_parameters(reward_fn)[0])
+    return tuple(name for name in _column_parameters(reward_fn)[0] if name != "prompt")
 
 
 def _select_columns(
-    reward_fn: Callable[..., Any], columns: Mapping[str, Sequence[Any]], size: int, name: str
+    reward_fn: Callable[..., Any], prompts: Sequence[str], columns: Mapping[str, Sequence[Any]], name: str
 ) -> dict[str, list[Any]]:
     required, optional, takes_all = _column_parameters(reward_fn)
+    if "prompt" in (*required, *optional):
+        columns = {"prompt": prompts, **columns}
     for column in required:
         if column not in columns:
             have = ", ".join(sorted(columns)) or "no columns"
@@ -93,8 +98,8 @@ def _select_columns(
     reserved = {"prompts", "completions", *(reward_fn.keywords if isinstance(reward_fn, functools.partial) else ())}
     wanted = set(columns) - reserved if takes_all else {*required, *optional} & set(columns)
     for column in sorted(wanted):
-        if len(columns[column]) != size:
-            raise RewardError(f"column {column!r} has {len(columns[column])} rows for {size} completions")
+        if len(columns[column]) != len(prompts):
+            raise RewardError(f"column {column!r} has {len(columns[column])} rows for {len(prompts)} completions")
     return {column: list(columns[column]) for column in sorted(wanted)}
 
 
@@ -134,7 +139,8 @@ def score(
       reward_fn: ``(prompts, completions, ...) -> floats``; see the top of this module for further parameters.
       prompts: ``M`` strings, each prompt repeated for each of its candidates.
       completions: ``M`` strings.
-      columns: Columns of the prompt rows by name, ``M`` values each, repeated like the prompts.
+      columns: Columns of the prompt rows by name, ``M`` values each, repeated like the prompts. Without a column
+        "prompt" the prompts are it.
       name: What messages call the reward; None takes the function's name.
       progress: False for no progress bar, however slow.
       batch_size: Completions per call, at least 1.
@@ -158,7 +164,7 @@ def score(
         raise ValueError(f"prompts and completions must be equally many, got {len(prompts)} and {len(completions)}")
     name = reward_name(reward_fn) if name is None else name
     size = len(completions)
-    extra = _select_columns(reward_fn, columns or {}, size, name)
+    extra = _select_columns(reward_fn, prompts, columns or {}, name)
     rewards = np.zeros(size, np.float32)
     with tqdm.tqdm(total=size, desc=name, delay=_SLOW, disable=not progress, unit="completion") as bar:
         for start in range(0, size, batch_size):

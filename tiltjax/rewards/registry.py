@@ -7,6 +7,12 @@ A spec is ``name`` or ``name?option=value&option=value``, and a name is one of
 * ``module:attribute``, anything that can be imported: the attribute is the reward. With options it is what makes the
   reward: ``my.rewards:parity?base=3`` is ``my.rewards.parity(base=3)``.
 
+A reward is called with two lists, ``(prompts, completions)``, and with columns of the prompt rows by the names of its
+further parameters; ``prompt`` among them is the whole conversation (`tiltjax.rewards.gate` says more):
+
+    def polite(prompts, completions, prompt):  # prompts: the last message of the user; prompt: all messages
+        return [float(len(messages) == len(completion)) for messages, completion in zip(prompt, completions)]
+
 A value is read as JSON (``3``, ``0.5``, ``true``, ``["+", "-"]``), and as plain text where it is no JSON.
 """
 

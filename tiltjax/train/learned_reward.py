@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
+from tiltjax.data.limits import check_positions, limit
 from tiltjax.models import heads, pretrained
 from tiltjax.models.heads import RewardModel
 from tiltjax.models.tensor_files import read_json, write_json
@@ -30,7 +31,11 @@ _FILE = "reward.json"
 
 
 def encode(
-    tokenizer: text.Tokenizer, prompts: Sequence[text.Text], completions: Sequence[Sequence[text.Text]]
+    tokenizer: text.Tokenizer,
+    prompts: Sequence[text.Text],
+    completions: Sequence[Sequence[text.Text]],
+    *,
+    templates: Sequence[Mapping[str, Any]] | None = None,
 ) -> Candidates:
     """Texts as a reward model reads them: every completion is encoded anew and ends in EOS, however it was written.
 
@@ -38,15 +43,23 @@ def encode(
       tokenizer: Of the model.
       prompts: B texts or conversations.
       completions: Of every prompt.
+      templates: What the chat template is given beside the messages of every prompt, such as tools: `Row.template`.
 
     Returns:
       `Candidates` of NumPy arrays.
+
+    Raises:
+      ValueError: As `tiltjax.data.text.encode_prompts` and `tiltjax.data.text.encode_completions` do.
     """
-    each = [prompt for prompt, group in zip(prompts, completions, strict=True) for _ in group]
-    flat = text.encode_completions(tokenizer, [c for group in completions for c in group], prompts=each)
+    which = [i for i, group in enumerate(completions) for _ in group]
+    options: dict[str, Any] = {"prompts": [prompts[i] for i in which]}
+    options["templates"] = None if templates is None else [templates[i] for i in which]
+    flat, told = text.encode_completions_masked(tokenizer, [c for group in completions for c in group], **options)
     ends = np.cumsum([len(group) for group in completions]).tolist()
-    groups = [flat[end - len(group) : end] for end, group in zip(ends, completions, strict=True)]
-    return batches.from_tokens(text.encode_prompts(tokenizer, prompts), groups, pad_id=text.pad_id(tokenizer))
+    cut = lambda x: [x[end - len(group) : end] for end, group in zip(ends, completions, strict=True)]  # noqa: E731
+    asked = text.encode_prompts(tokenizer, prompts, templates=templates)
+    check_positions(tokenizer, [len(asked[i]) + len(ids) for i, ids in zip(which, flat, strict=True)], "completion")
+    return batches.from_tokens(asked, cut(flat), pad_id=text.pad_id(tokenizer), loss_mask=cut(told))
 
 
 def reward_all(
@@ -108,9 +121,9 @@ def save_reward_model(
 
 
 class LearnedReward:
-    """A trained reward model as a reward: ``(prompts, completions) -> floats``, on texts.
+    """A trained reward model as a reward: ``(prompts, completions, prompt) -> floats``, on texts.
 
-    Of a conversation a reward is told the user's last message only: train on such prompts what is to be used on them.
+    A prompt is read as in training: a conversation through the chat template, with every message and the row's tools.
 
     Attributes:
       spec: What the model means.
@@ -122,14 +135,33 @@ class LearnedReward:
         self._reward = make_reward(spec)
         self.spec, self.fingerprint, self.__name__ = spec, "", name
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        prompt: list[text.Text] | None = None,
+        tools: list | None = None,
+        chat_template_kwargs: list | None = None,
+    ) -> list[float]:
         """One reward per completion; completions of one prompt that stand together are read in one row."""
-        at = [0, *(i for i in range(1, len(prompts)) if prompts[i] != prompts[i - 1]), len(prompts)]
+        asked_of = prompts if prompt is None else prompt
+        nothing = [None] * len(prompts)
+        templates = [
+            {"tools": tool, **(options or {})}
+            for tool, options in zip(tools or nothing, chat_template_kwargs or nothing, strict=True)
+        ]
+        same = [i and (asked_of[i], templates[i]) == (asked_of[i - 1], templates[i - 1]) for i in range(len(prompts))]
+        at = [i for i, again in enumerate(same) if not again] + [len(prompts)]
         each = math.gcd(*np.diff(at).tolist())
         if self.spec.kind == "preference" and each < 2:
             raise ValueError("a preference model compares the completions of a prompt: give each at least 2 of them")
         rows = range(0, len(prompts), each)
-        asked = encode(self._tokenizer, [prompts[i] for i in rows], [completions[i : i + each] for i in rows])
+        asked = encode(
+            self._tokenizer,
+            [asked_of[i] for i in rows],
+            [completions[i : i + each] for i in rows],
+            templates=[templates[i] for i in rows],
+        )
         # Few shapes, so few compilations, whatever comes.
         widths = [batches.bucket_length(x.shape[-1], multiple=16) for x in (asked.prompt, asked.completion)]
         asked = jax.tree.map(
@@ -169,9 +201,10 @@ def load_reward_model(
     options: dict[str, Any] = {"compute_dtype": compute_dtype or fast_dtype()}
     reader = pretrained.load if spec.kind in LIKELIHOOD else heads.load
     reference = pretrained.load(source_of(spec.reference), **options) if spec.kind == "dpo" else None
-    tokenizer = text.load_tokenizer(folder)
-    reward = LearnedReward(
-        reader(folder, **options), reference, spec, tokenizer, batch_size=batch_size, name=f"model:{directory}"
-    )
+    model, tokenizer = reader(folder, **options), text.load_tokenizer(folder)
+    parts: list[Any] = [model] if reference is None else [model, reference]
+    for part in parts:
+        limit(tokenizer, getattr(part, "backbone", part).config)
+    reward = LearnedReward(model, reference, spec, tokenizer, batch_size=batch_size, name=f"model:{directory}")
     reward.fingerprint = hashlib.sha256(json.dumps([fingerprint, facts], sort_keys=True).encode()).hexdigest()[:16]
     return reward
