@@ -8,9 +8,15 @@ import pytest
 from tiltjax.data import text
 from tiltjax.data.chat import added_turns, plain_message, transcript
 from tiltjax.data.datasets import read
+from tiltjax.data.notes import warn_once
 
 CASES = pathlib.Path(__file__).parents[1] / "cases"
 SKY = [{"role": "user", "content": "Sky?"}]
+
+
+@pytest.fixture(autouse=True)
+def nothing_said():
+    warn_once.cache_clear()
 
 
 def said(content, **more):
@@ -41,6 +47,24 @@ def test_tools_and_settings_of_a_row_reach_the_template():
         tokenizer, [said("blue")], prompts=[SKY], templates=[{"tools": rows[0].template["tools"]}]
     )
     assert shown(tokenizer, blue[0]) == "blue<|im_end|>"
+
+
+@pytest.mark.robustness(
+    "Text",
+    given="tools or settings that the chat template never reads, or beside a prompt that is text",
+    outcome="one line says so",
+)
+def test_tools_that_nobody_reads_are_said(make_tokenizer, caplog):
+    tokenizer = make_tokenizer()
+    for prompt in (SKY, "Sky?"):
+        text.encode_prompts(
+            tokenizer, [prompt] * 2, templates=[{"tools": [{"function": {}}], "enable_thinking": True}] * 2
+        )
+    assert [record.getMessage() for record in caplog.records] == [
+        "the chat template has no use for 'tools': it is not read",
+        "the chat template has no use for 'enable_thinking': it is not read",
+        "prompts that are texts go through no chat template: tools, enable_thinking are not read",
+    ]
 
 
 @pytest.mark.robustness(

@@ -130,6 +130,8 @@ def test_a_template_without_end_is_refused(template, monkeypatch):
         ("{{ namespace(__class__=1) }}", "no attribute '__class__'"),
         ("{{ ''.__class__.__mro__ }}", "unsafe|undefined"),
         ("{{ nobody.home.now }}", "'nobody' is undefined"),
+        ("{{ messages | dictsort }}", "'list' object has no attribute"),
+        ("{% include 'x' %}", "no loader"),
     ],
 )
 def test_a_template_that_fails_says_why_in_one_line(template, message):

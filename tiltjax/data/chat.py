@@ -1,11 +1,13 @@
 """Conversations as text: what a message may hold, what the chat template makes of a prompt and of a completion."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from tiltjax.data.notes import warn_once
 from tiltjax.data.template import render_template
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "transcript",
     "without_nulls",
 ]
+
+_LOG = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 """``{"role": ..., "content": ...}``."""
@@ -304,8 +308,12 @@ def render(
         "messages": plain,
         "add_generation_prompt": add_generation_prompt,
     }
+    template = tokenizer.get_chat_template(None, given["tools"])
+    for option in given:
+        if given[option] is not None and option not in template:
+            warn_once(_LOG, f"the chat template has no use for {option!r}: it is not read")
     try:
-        return render_template(tokenizer.get_chat_template(None, given["tools"]), variables)
+        return render_template(template, variables)
     except ValueError as error:
         raise ValueError(f"{name}: the chat template refuses the conversation: {error}") from None
 

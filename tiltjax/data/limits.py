@@ -1,12 +1,13 @@
 """What a model can read: ids below the size of its vocabulary, positions within those it has."""
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from tiltjax.data.notes import warn_once
 
 __all__ = ["Limits", "check_ids", "check_positions", "limit"]
 
@@ -69,15 +70,11 @@ def check_positions(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
         i = int(np.argmax(sizes > table))
         raise ValueError(f"{name} {i} takes {sizes[i]} positions, but the model has {table} learned ones")
     if trained is not None and sizes.max() > trained:
-        _warn_once(
+        warn_once(
+            _LOG,
             f"{(sizes > trained).sum()} of {sizes.size} {name}s take more than the {trained} positions that the model "
-            f"was trained on, at most {sizes.max()}: expect little sense beyond"
+            f"was trained on, at most {sizes.max()}: expect little sense beyond",
         )
-
-
-@functools.lru_cache(maxsize=256)
-def _warn_once(message: str) -> None:
-    _LOG.warning("%s", message)
 
 
 def check_ids(tokenizer: Any, encoded: Sequence[Sequence[int]], name: str) -> None:

@@ -9,8 +9,13 @@ import contextvars
 import datetime
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from tiltjax.data.notes import warn_once
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = ["TODAY", "render_template"]
 
@@ -40,14 +45,12 @@ def render_template(template: str, variables: Mapping[str, Any]) -> str:
     Raises:
       ValueError: In one line, if the template is not valid, refuses what it is given, or works beyond the bound.
     """
-    from jinja2 import TemplateError
-
     token = _WORK.set(0)
     try:
         return _compiled(template).render(variables)
     except RecursionError:
         raise ValueError("it calls itself without end") from None
-    except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError) as error:
+    except Exception as error:  # A template is somebody's code: it may raise anything.
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     finally:
         _WORK.reset(token)
@@ -112,6 +115,8 @@ def _compiled(template: str) -> Any:
     environment.filters = {name: _counted(name, function) for name, function in environment.filters.items()}
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": TODAY.strftime}
+    if "strftime_now" in template:
+        warn_once(_LOG, f"the chat template asks for the date: every prompt is told {TODAY:%d %b %Y}, on any day")
     environment.globals["namespace"] = _namespace_type()
     del environment.globals["lipsum"]
     return environment.from_string(template)

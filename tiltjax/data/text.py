@@ -7,6 +7,7 @@ they meet when a model writes a completion after a prompt, so no token straddles
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from tiltjax.data.chat import Conversation, Message, Segment, Text, added_turns,
 from tiltjax.data.continuation import decode_continuation, encode_continuation
 from tiltjax.data.gguf_tokenizer import gguf_tokenizer
 from tiltjax.data.limits import check_ids, check_positions
+from tiltjax.data.notes import warn_once
 from tiltjax.data.template import TODAY
 from tiltjax.types import Array, Bool, Int
 
@@ -41,6 +43,8 @@ __all__ = [
 
 # transformers advises everybody without torch to install it; the library uses its tokenizers only.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+_LOG = logging.getLogger(__name__)
 
 Tokenizer = Any
 """A Hugging Face tokenizer (`transformers.PreTrainedTokenizerBase`)."""
@@ -179,6 +183,9 @@ def encode_prompts(
     texts = []
     for i, prompt in enumerate(prompts):
         options = None if templates is None else templates[i]
+        unread = [name for name, value in (options or {}).items() if value is not None and isinstance(prompt, str)]
+        if unread:
+            warn_once(_LOG, f"prompts that are texts go through no chat template: {', '.join(unread)} are not read")
         texts.append(prompt if isinstance(prompt, str) else open_turn(tokenizer, prompt, f"prompt {i}", options))
     _check_text(texts, "prompt")
     bos = tokenizer.bos_token_id
