@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import reporting
-from experiments.align_config import FREE, HOW, AlignConfig, open_run
+from experiments.align_config import FREE, HOW, AlignConfig, open_run, resolved
 from experiments.align_fit import tune
 from experiments.align_online import improve
 from experiments.align_world import World, prepare
@@ -60,19 +60,20 @@ def warn_of_collapse(config: AlignConfig, reward: np.ndarray, ess: np.ndarray) -
     if np.mean(ess) < 0.1 * config.num_candidates:
         wanted = float(np.mean(beta_for_ess(jnp.asarray(reward), ess=0.25 * config.num_candidates)))
         _LOG.warning(
-            "weights have collapsed: mean effective sample size %.1f of %d; --beta=%.3g would give a quarter of N",
-            np.mean(ess), config.num_candidates, wanted,
+            "weights have collapsed: mean effective sample size %.1f of %d; --%s=%.3g would give a quarter of N",
+            np.mean(ess), config.num_candidates, "report_beta" if config.in_rounds else "beta", wanted,
         )  # fmt: skip
 
 
 def run(config: AlignConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
     directory = check_run(config, free=(*FREE, *HOW))
+    distributed.by_main(lambda: _LOG.info(resolved(config)))
     world = prepare(config, directory)
     open_run(config)  # Not before: input that is refused leaves no run behind.
     drawn, _ = world.rollout("train", world.model, seed=0)
     reward = np.asarray(drawn.reward)
-    estimates = evaluate.estimate(reward, beta=config.beta)
+    estimates = evaluate.estimate(reward, beta=config.report_beta)
     warn_of_collapse(config, reward, estimates.ess)
     tuned = improve(world) if config.in_rounds else tune(world, drawn)
     held_out, texts = world.rollout("heldout", world.model, seed=1)
@@ -85,17 +86,17 @@ def run(config: AlignConfig) -> dict[str, Any]:
 
 def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: Transformer) -> tuple[dict, list]:
     """Reference, soft best-of-N, theory and the tuned policy on the held-out prompts."""
-    config = world.config
+    config, beta = world.config, world.config.report_beta
     reward = np.asarray(held_out.reward)
-    theory = evaluate.estimate(reward, beta=config.beta)
+    theory = evaluate.estimate(reward, beta=beta)
     ns = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max(1, config.num_candidates // 2)]
     points = {
         "reference": [evaluate.policy_point("reference", reward, np.zeros_like(reward))],
-        "soft_best_of_n": evaluate.soft_best_of_n_frontier(reward, beta=config.beta, ns=ns),
+        "soft_best_of_n": evaluate.soft_best_of_n_frontier(reward, beta=beta, ns=ns),
         "best_of_n": evaluate.best_of_n_frontier(reward, ns=ns),
-        "tilt": evaluate.tilt_frontier(reward, betas=np.geomspace(config.beta / 8, config.beta * 32, 17).tolist()),
+        "tilt": evaluate.tilt_frontier(reward, betas=np.geomspace(beta / 8, beta * 32, 17).tolist()),
     }
-    picked = soft_best_of_n(jax.random.key(config.seed + 5), jnp.asarray(reward), beta=config.beta)
+    picked = soft_best_of_n(jax.random.key(config.seed + 5), jnp.asarray(reward), beta=beta)
     samples = [
         {
             "prompt": text.prompt_text(row.prompt),
@@ -105,8 +106,10 @@ def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: T
         for i, row in enumerate(world.rows["heldout"])
     ]
     results: dict[str, Any] = {
+        "settings": resolved(config),
+        **{name: getattr(config, name) for name in ("beta", "learning_rate", "report_beta")},
         "log_z": bootstrap_interval(theory.log_z_jackknife),
-        "optimum": bootstrap_interval(config.beta * theory.log_z_jackknife),
+        "optimum": bootstrap_interval(beta * theory.log_z_jackknife),
         "tilted_reward": bootstrap_interval(theory.tilted_reward),
         "tilt_kl": bootstrap_interval(theory.tilt_kl),
         "ess": bootstrap_interval(theory.ess),
@@ -118,7 +121,7 @@ def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: T
         log_ratio, tuned_reward = logp - world.ref_logp(sampled, "score tuned"), np.asarray(sampled.reward)
         points["tuned"] = [evaluate.policy_point(config.method, tuned_reward, log_ratio)]
         results["improvement"] = bootstrap_interval(tuned_reward.mean(1) - reward.mean(1))
-        results["objective"] = bootstrap_interval((tuned_reward - config.beta * log_ratio).mean(1))
+        results["objective"] = bootstrap_interval((tuned_reward - beta * log_ratio).mean(1))
         for i, sample in enumerate(samples):
             sample["tuned"] = (tuned_texts[i][0], float(tuned_reward[i, 0]))
     return results, samples

@@ -19,12 +19,19 @@ __all__ = [
     "FREE",
     "HOW",
     "METHODS",
+    "OWN_BETA",
     "RECORDS",
     "AlignConfig",
     "attention_field",
+    "beta_field",
+    "check_beta",
+    "learning_rate_field",
     "open_run",
+    "own_record",
     "record_of",
     "remat_field",
+    "report_beta_field",
+    "resolved",
 ]
 
 FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
@@ -45,6 +52,13 @@ RECORDS: dict[str, str] = {
 
 METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo", *RECORDS)
 """Ways to reach the tilt: the first from fixed candidates of the reference, then the records of `align_online`."""
+
+OWN_BETA = 0.1
+"""The ``beta`` of methods without a record, and of a report where a method has none, reward units."""
+
+ADAPTER_RATE = 5e-4
+FULL_RATE = 5e-5
+"""Learning rates of adapters, and of all parameters where a record gives none."""
 
 PACKABLE = ("tilted_mle", "best_of_n_sft", "sft")
 """Methods that fit candidates of which each counts by a weight, whatever the policy says of them."""
@@ -83,9 +97,79 @@ def record_of(name: str, *, num_candidates: int, steps: int) -> Method:
     return record
 
 
+def beta_field() -> Any:
+    """The field ``beta`` of an experiment that trains by a method, the method's own where nothing is said."""
+    return field(
+        None,
+        "Strength of the KL term, reward units: the tilt is ref * exp(reward / beta) / Z. By default the record's own "
+        f"(tiltjax.train.methods), {OWN_BETA} for methods that have none. Methods on win rates take a quarter of it. 0 "
+        "is for methods that do not divide by it: they then have no KL term.",
+    )
+
+
+def report_beta_field() -> Any:
+    """The field ``report_beta`` of an experiment, in which its report counts."""
+    return field(
+        None,
+        "beta at which the report estimates the tilt (log Z, soft best-of-N, reward - beta KL), reward units, above 0; "
+        f"by default --beta, or {OWN_BETA} where that is 0.",
+    )
+
+
+def learning_rate_field() -> Any:
+    """The field ``learning_rate`` of an experiment that trains by a method."""
+    return field(
+        None,
+        "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay). By default "
+        f"{ADAPTER_RATE:g} for adapters, which at a record's own rate would learn nothing; with --lora_rank=0 the "
+        f"record's own, {FULL_RATE:g} where it has none.",
+    )
+
+
+def own_record(method: str) -> Method | None:
+    """The record of a name on the command line; None where there is none, for methods that fit fixed candidates."""
+    return methods.METHODS[RECORDS[method]] if method in RECORDS else None
+
+
+def check_beta(method: str, beta: float) -> None:
+    """Raises ValueError unless a method of the command line can have that ``beta``, in reward units."""
+    record = own_record(method)
+    if record is not None:
+        record.check_beta(beta)
+    elif method != "best_of_n_sft" or beta:
+        check_positive(f"beta of method {method}", beta)
+
+
+def _defaults(config: Any) -> dict[str, float]:
+    """What ``beta``, ``report_beta`` and ``learning_rate`` of a configuration mean where they say nothing."""
+    record = own_record(config.method)
+    beta = config.beta
+    if beta is None:
+        beta = OWN_BETA if record is None else record.reward_beta
+    rate = config.learning_rate
+    if rate is None:
+        own = None if record is None else record.learning_rate
+        rate = ADAPTER_RATE if config.lora_rank else (own or FULL_RATE)
+    report = config.report_beta
+    return {"beta": beta, "learning_rate": rate, "report_beta": (beta or OWN_BETA) if report is None else report}
+
+
+def resolved(config: Any) -> str:
+    """What a configuration's beta and learning rate are, and what the record of its method publishes, in one line."""
+    record = own_record(config.method)
+    beta, rate = f"beta {config.beta:g}", f"learning rate {config.learning_rate:g}"
+    if record is not None:
+        beta += f" (published {record.reward_beta:g}"
+        beta += f"; {record.own_beta(config.beta):g} in win rates)" if record.units == "preference" else ")"
+        if record.learning_rate is not None:
+            rate += f" (published {record.learning_rate:g} for all parameters)"
+    trained = f"adapters of rank {config.lora_rank}" if config.lora_rank else "all parameters"
+    return f"{config.method}: {beta}, {rate}, {trained}; the report counts at beta {config.report_beta:g}"
+
+
 @dataclasses.dataclass(frozen=True)
 class AlignConfig:
-    """Everything that decides a run."""
+    """Everything that decides a run. ``beta``, ``report_beta`` and ``learning_rate`` are numbers once it is made."""
 
     policy: str = field("smollm2", "Reference policy: smollm2, a Hugging Face directory or hub id, or a GGUF file.")
     reward: str = field(
@@ -121,7 +205,8 @@ class AlignConfig:
         "fits demonstrations, the other records of tiltjax.train.methods learn in rounds.",
         choices=METHODS,
     )
-    beta: float = field(0.1, "Strength of the KL term, reward units: the tilt is ref * exp(reward / beta) / Z.")
+    beta: float = beta_field()
+    report_beta: float = report_beta_field()
     num_candidates: int = field(16, "N, candidates per prompt, drawn from the reference.")
     num_prompts: int = field(64, "Training prompts, from the top of the file.")
     num_eval_prompts: int = field(32, "Held-out prompts, the rows after those.")
@@ -147,9 +232,9 @@ class AlignConfig:
         "Batches of an epoch among which prompts of similar length are put together, so that buckets save more; steps "
         "are then no longer random draws of the prompts. 1 leaves them random.",
     )
-    learning_rate: float = field(5e-4, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
+    learning_rate: float = learning_rate_field()
     max_grad_norm: float = field(1.0, "Global norm at which gradients are clipped.")
-    lora_rank: int = field(16, "Rank of low-rank adapters; 0 trains all parameters (try --learning_rate=5e-5).")
+    lora_rank: int = field(16, "Rank of low-rank adapters; 0 trains all parameters.")
     mesh: str = field("", "Device mesh such as data:4,fsdp:2,tensor:1; empty puts every device on data.")
     mapping: str = field("sharded", "How the step is mapped over devices.", choices=("sharded", "pmap"))
     compute_dtype: str = field(
@@ -175,7 +260,10 @@ class AlignConfig:
     def __post_init__(self):
         check_fields(self)
         parse_mesh(self.mesh)
-        for name in ("beta", "learning_rate", "max_grad_norm"):
+        for name, value in _defaults(self).items():
+            object.__setattr__(self, name, value)
+        check_beta(self.method, self.beta)
+        for name in ("report_beta", "learning_rate", "max_grad_norm"):
             check_positive(name, getattr(self, name))
         check_at_least("num_candidates", self.num_candidates, 2)
         for name in ("num_prompts", "num_eval_prompts"):

@@ -105,7 +105,7 @@ def _fitting(
     """The compiled `tiltjax.train.rounds.fit`, on the mesh; what all hosts hold in NumPy goes in."""
     config, mesh, place = world.config, world.mesh, batch_sharding(world.mesh)
     size = _rows(config, record)
-    options: dict[str, Any] = {"tx": tx, "beta": config.beta, "minibatches": minibatches}
+    options: dict[str, Any] = {"tx": tx, "beta": record.own_beta(config.beta), "minibatches": minibatches}
 
     def run(frozen, players, drawn, told, key):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

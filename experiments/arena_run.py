@@ -72,15 +72,10 @@ def pair_laws(world: World) -> tuple[np.ndarray, np.ndarray]:
     return (2 * ref * wins).astype(np.float32), (2 * ref * (1 - wins)).astype(np.float32)
 
 
-def strength(method: Method, beta: float) -> float:
-    """The method's own ``beta``: a quarter of a reward's where it is in units of preference, the slope at a tie."""
-    return beta / 4 if method.units == "preference" else beta
-
-
 def optimum(world: World, method: Method, betas: tuple[float, ...]) -> np.ndarray:
     """The law that the method tends to, for every strength, ``[betas, P, K]``, nats."""
     law = {"constrained": world.constrained, "equilibrium": world.equilibrium}.get(method.optimum, world.tilt)
-    return np.stack([np.asarray(law(strength(method, beta))) for beta in betas])
+    return np.stack([np.asarray(law(method.own_beta(beta))) for beta in betas])
 
 
 def first(world: World, owns: np.ndarray, budget: Budget) -> np.ndarray:
@@ -142,7 +137,7 @@ def run(world: World, method: Method, budget: Budget) -> dict[str, Any]:
 
     betas, owns = np.array(budget.betas, np.float32), optimum(world, method, budget.betas)
     keys = jax.random.split(jax.random.key(world.config.seed + 1), budget.seeds)
-    used = np.array([strength(method, beta) for beta in budget.betas], np.float32)
+    used = np.array([method.own_beta(beta) for beta in budget.betas], np.float32)
     every = jax.vmap(jax.vmap(one, (None, None, None, 0)), (0, 0, 0, None))
     seen = np.asarray(jax.jit(every)(betas, used, owns, keys), np.float64)
     curves = np.concatenate([np.broadcast_to(first(world, owns, budget), seen[:, :, :1].shape), seen], axis=2)

@@ -163,9 +163,14 @@ def command(module: str, config: Any, *, free: Collection[str] = ()) -> str:
       >>> command("generation_verification_gap", GapConfig(num_seeds=2))
       'python -m experiments.generation_verification_gap --num_seeds=2'
     """
+
+    def default(f: dataclasses.Field) -> Any:
+        """Where None stands for a value that other fields decide, that value."""
+        return getattr(dataclasses.replace(config, **{f.name: None}), f.name) if f.default is None else f.default
+
     words = [
         shlex.quote(f"--{f.name}={getattr(config, f.name)}")
         for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default and f.name not in {"resume", "compilation_cache", *free}
+        if getattr(config, f.name) != default(f) and f.name not in {"resume", "compilation_cache", *free}
     ]
     return " ".join([f"python -m experiments.{module}", *words])

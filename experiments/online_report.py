@@ -73,7 +73,8 @@ def write(directory: pathlib.Path, config: Any, results: dict[str, Any], samples
             puzzle_plot(directory / "puzzles.png", results["puzzles"])
         if "sentiment" in results:
             sentiment_plot(directory / "sentiment.png", config, results["sentiment"])
-    parts = ["# Methods that improve a language model online", _setting(config)]
+    settings = next(iter(results.values()))["settings"]
+    parts = ["# Methods that improve a language model online", _setting(config), "\n".join(f"* {s}" for s in settings)]
     for task, numbers in results.items():
         table = method_table(task, numbers)
         print(f"\n{task}\n\n{table}\n")
@@ -86,13 +87,12 @@ def write(directory: pathlib.Path, config: Any, results: dict[str, Any], samples
 
 
 def _setting(config: Any) -> str:
-    adapters = f"adapters of rank {config.lora_rank}" if config.lora_rank else "all parameters"
     return (
         f"Reference policy `{config.policy}`; {config.steps} rounds of {config.batch_size} prompts with "
-        f"{config.num_candidates} candidates, where the method leaves that number free; beta = {config.beta:g}, "
-        f"learning rate {config.learning_rate:g}, {adapters}. All numbers are of {config.num_eval_prompts} held-out "
-        "prompts; brackets hold 95% bootstrap intervals over them. *Gain* is after less before, paired by prompt. "
-        "*Objective* is reward less beta times the KL to the reference."
+        f"{config.num_candidates} candidates, where the method leaves that number free. All numbers are of "
+        f"{config.num_eval_prompts} held-out prompts; brackets hold 95% bootstrap intervals over them. "
+        "*Gain* is after less before, paired by prompt. "
+        f"*Objective* is reward less {config.report_beta:g} times the KL to the reference."
     )
 
 
@@ -189,7 +189,7 @@ def _sentiment_parts(config: Any, numbers: dict[str, Any]) -> list[str]:
         "![proxy and gold against the KL](sentiment.png)",
         f"Within a prompt proxy and gold have correlation {start['correlation']} over {start['draws']} completions of "
         f"the reference. Those completions also say what the proxy would choose: best-of-n, soft best-of-n at beta = "
-        f"{config.beta:g} and the tilt, in proxy and in gold.",
+        f"{config.report_beta:g} and the tilt, in proxy and in gold.",
         "\n".join(rows),
         "The laws of Gao et al. (2023, arXiv:2210.10760), fitted to the gold reward over the reference's with d the "
         "square root of the KL: d (alpha - b d) for best-of-n, d (alpha - b log d) for a policy in training. A peak "

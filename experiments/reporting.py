@@ -96,12 +96,12 @@ def frontier_plot(path: pathlib.Path, config: Any, results: dict) -> None:
     ax.plot(*xy("tilt"), color=COLOURS["tilt"], lw=2, label="tilt, every beta (importance-weighted)", zorder=1)
     ax.plot(*xy("best_of_n"), "--", marker="s", ms=4, color=COLOURS["best_of_n"], label="best-of-N")
     ax.plot(*xy("soft_best_of_n"), "-", marker="o", ms=4, color=COLOURS["soft_best_of_n"],
-            label=f"soft best-of-N, beta = {config.beta:g}")  # fmt: skip
+            label=f"soft best-of-N, beta = {config.report_beta:g}")  # fmt: skip
     for point in points["soft_best_of_n"]:
         place = (point.kl.mean, point.reward.mean)
         ax.annotate(str(point.strength), place, textcoords="offset points", xytext=(4, -11), fontsize=8)
     ax.plot([results["tilt_kl"].mean], [results["tilted_reward"].mean], "d", color=COLOURS["tilt"], mec="black", ms=8,
-            label=f"tilt at beta = {config.beta:g}")  # fmt: skip
+            label=f"tilt at beta = {config.report_beta:g}")  # fmt: skip
     for name in ("reference", "tuned"):
         for point in points.get(name, []):
             ax.errorbar(point.kl.mean, point.reward.mean, yerr=_bars(point.reward), xerr=_bars(point.kl), fmt="*",
@@ -123,12 +123,12 @@ def ess_plot(path: pathlib.Path, config: Any, reward: np.ndarray, train: PromptE
     left.set_xlabel(f"effective sample size (of N = {N})")
     left.set_ylabel("training prompts")
     left.legend()
-    betas = np.geomspace(config.beta / 20, config.beta * 20, 41)
+    betas = np.geomspace(config.report_beta / 20, config.report_beta * 20, 41)
     sizes = np.asarray(jax.jit(jax.vmap(lambda b: tilt(reward, beta=b).ess))(betas))
     low, high = np.quantile(sizes, [0.1, 0.9], axis=1)
     right.fill_between(betas, low, high, color=COLOURS["soft_best_of_n"], alpha=0.2, lw=0, label="8 of 10 prompts")
     right.plot(betas, sizes.mean(axis=1), color=COLOURS["soft_best_of_n"], label="mean over prompts")
-    right.axvline(config.beta, color="black", lw=1, ls="--", label=f"beta = {config.beta:g}")
+    right.axvline(config.report_beta, color="black", lw=1, ls="--", label=f"beta = {config.report_beta:g}")
     right.set_xscale("log")
     right.set_xlabel("beta (reward units)")
     right.set_ylabel("effective sample size")
@@ -142,7 +142,10 @@ def _bars(interval: Any) -> np.ndarray:
 
 
 def _verdict(config: Any, results: dict) -> str:
-    lines = [f"beta log Z = {results['optimum']}: the best value of reward - beta KL that any policy can reach."]
+    lines = [
+        f"At beta = {config.report_beta:g}, beta log Z = {results['optimum']}: the best value of reward - beta KL that "
+        "any policy can reach."
+    ]
     if "improvement" in results:
         gain = results["improvement"]
         sure = "the interval excludes 0" if gain.low > 0 else "the interval does not exclude 0"
@@ -154,9 +157,10 @@ def _verdict(config: Any, results: dict) -> str:
 def _report(config: Any, results: dict, samples: list[dict], table: str, train: PromptEstimates) -> str:
     parts = [
         f"# {config.policy} tilted towards {config.reward} by {config.method}",
-        f"p*(y|x) = ref(y|x) exp(reward / {config.beta:g}) / Z(x), N = {config.num_candidates} candidates per prompt, "
-        f"{config.num_prompts} training and {config.num_eval_prompts} held-out prompts, completions of at most "
+        f"p*(y|x) = ref(y|x) exp(reward / {config.report_beta:g}) / Z(x), N = {config.num_candidates} candidates per "
+        f"prompt, {config.num_prompts} training and {config.num_eval_prompts} held-out prompts, completions of at most "
         f"{config.max_tokens} tokens.",
+        f"Settings: {results['settings']}.",
         "## Held-out prompts",
         table,
         _verdict(config, results),

@@ -213,7 +213,7 @@ def refused(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.0}, "beta must be a finite number above 0, got 0.0"),
+        ({"beta": 0.0}, "beta of method tilted_mle must be a finite number above 0, got 0.0"),
         ({"num_candidates": 1}, "num_candidates must be at least 2, got 1"),
         ({"batch_size": 16}, "batch_size must be at most num_prompts=8, got 16"),
         ({"method": "spin", "steps": 4}, "--method=spin needs --demonstrations"),

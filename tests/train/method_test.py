@@ -540,6 +540,69 @@ def test_the_loop_scans_over_rounds_and_maps_over_beta():
     assert kl[1] > 4 * kl[0] > 0
 
 
+PUBLISHED_AT_0 = [name for name, record in METHODS.items() if record.beta == 0]
+
+
+@pytest.mark.robustness(
+    "Methods",
+    given="--beta=0, or a record published with beta 0",
+    outcome="there is no KL term, whatever the reference says",
+)
+@pytest.mark.parametrize("name", sorted({*PUBLISHED_AT_0, "grpo", "rloo", "reinforce_pp", "ppo"} - {"prime"}))
+def test_at_beta_0_nothing_depends_on_the_reference(name):
+    """Not even where it rules out a token that was drawn: 0 times an infinite log-ratio is not 0."""
+    method = get_method(name)
+    players = loop.init_players(method, TABLE, TX)
+    candidates = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
+    options = {"view": view, "tx": TX, "beta": 0.0}
+    fit = jax.jit(lambda held: loop.fit(method, held, candidates, score(candidates), jax.random.key(1), **options)[0])
+    reached = []
+    for reference in (TABLE, OTHER, {**TABLE, "logits": TABLE["logits"].at[..., 2].set(-jnp.inf)}):
+        reached.append(fit(dataclasses.replace(players, reference=reference)).state.params)
+    assert np.isfinite(np.asarray(reached[0]["logits"])).all()
+    for other in reached[1:]:
+        chex.assert_trees_all_equal(other, reached[0])
+
+
+def test_published_without_a_kl_term():
+    assert sorted(PUBLISHED_AT_0) == [
+        "cispo", "dapo", "dapo_4_epochs", "dr_grpo", "empo", "gspo", "prime", "ttrl",
+    ]  # fmt: skip
+    assert all(METHODS[name].zero_beta for name in PUBLISHED_AT_0)
+    chex.assert_tree_all_finite(jax.jit(lambda: one_round(get_method("prime"), beta=0.0)[0].state.params)())
+
+
+@pytest.mark.robustness(
+    "Methods", given="--beta=0 where the loss or the labels divide by it", outcome="refused by the name of the record"
+)
+@pytest.mark.parametrize("name", ONCE)
+def test_beta_0_is_traced_or_refused_by_the_name_of_the_record(name):
+    """A loss that divides by beta says so itself: no record that does is marked as one that does not."""
+    method = get_method(name)
+    if method.zero_beta:
+        with pytest.raises(ValueError, match=f"beta must be a finite number at least 0 for method {name}, got -1"):
+            method.check_beta(-1.0)
+        assert jax.eval_shape(lambda: one_round(method, beta=0.0))[0].round.shape == ()
+        return
+    for beta in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"beta must be a finite number above 0 .* for method {name}, got"):
+            method.check_beta(beta)
+
+
+def test_the_loop_refuses_a_beta_that_the_record_does_not_allow():
+    with pytest.raises(ValueError, match=r"beta must be .* for method dpo, got 0\.0"):
+        jax.eval_shape(lambda: one_round(get_method("dpo"), beta=0.0))
+
+
+def test_units_of_beta_tilt_alike_at_a_tie():
+    by_reward, by_wins = get_method("rloo"), get_method("inpo")
+    assert by_reward.own_beta(0.4) == by_reward.reward_beta / by_reward.beta * 0.4 == 0.4
+    assert by_wins.own_beta(by_wins.reward_beta) == by_wins.beta == 0.005
+    gap = 1e-3  # Between a candidate's reward and that of its opponent.
+    wins = 1 / (1 + np.exp(-gap)) - 0.5
+    np.testing.assert_allclose(wins / by_wins.own_beta(0.1), gap / by_reward.own_beta(0.1), rtol=1e-6)
+
+
 class TestRecord:
     def test_bad_fields_are_named(self):
         loss = get_method("rloo").loss

@@ -13,6 +13,7 @@ so the same record trains a language model and a table of logits. The loop that 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import chex
 
@@ -46,6 +47,9 @@ completion, demonstrations, or text that must not be forgotten."""
 
 FEEDBACK = ("demonstrations", "reward", "preference", "binary", "vote", "internal")
 """What a method learns from."""
+
+_UNITS_OF_REWARD = {"reward": 1, "preference": 4}
+"""Unit of a beta -> how many units of reward it is, at a tie."""
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -189,7 +193,7 @@ class Round:
 
     Attributes:
       feedback: Of the candidates, before any of them was picked.
-      beta: Strength of the KL term, reward units; may be traced.
+      beta: Strength of the KL term, as of `Method.own_beta`; may be traced.
       key: Of this round's labels, consumed.
       round: How many rounds were played before.
       memory: The method's own state.
@@ -260,9 +264,11 @@ class Method:
       mixture: Share of the reference in the source "mixture".
       temperature: Softmax temperature at which candidates are drawn, > 0. Every view takes its log-probabilities there
         too, so that policy, reference and sampler are laws of one kind.
-      beta: The paper's strength of the KL term.
+      beta: The paper's strength of the KL term, in ``units``; 0 where it has none.
+      zero_beta: Whether ``beta`` may be 0: nothing divides by it, and at 0 the method has no KL term.
       learning_rate: The paper's, for fine-tuning a language model; None where it gives none.
-      units: Of ``beta``: "reward", or "preference", a probability, where what is climbed is a win rate.
+      units: Of ``beta`` as labels and loss take it: "reward", or "preference", a probability, where what is climbed is
+        a win rate. Programs count in reward units; `own_beta` and `reward_beta` convert.
       optimum: What the method tends to: "tilt", "constrained" (the tilt that keeps the cost), "equilibrium" (of the
         game regularised by beta) or "none" (something else, or nothing holds it).
 
@@ -288,6 +294,7 @@ class Method:
     mixture: float = 0.5
     temperature: float = 1.0
     beta: float = 0.1
+    zero_beta: bool = False
     learning_rate: float | None = None
     units: str = "reward"
     optimum: str = "tilt"
@@ -298,7 +305,7 @@ class Method:
             check_at_least("draw", num, 1)
         check_choice("feedback", self.feedback, FEEDBACK)
         check_choice("optimum", self.optimum, ("tilt", "constrained", "equilibrium", "none"))
-        check_choice("units", self.units, ("reward", "preference"))
+        check_choice("units", self.units, _UNITS_OF_REWARD)
         for field in ("epochs", "cross"):
             check_at_least(field, getattr(self, field), 1)
         for field in ("critics", "resample"):
@@ -306,8 +313,35 @@ class Method:
         check_positive("temperature", self.temperature)
         check_at_least("rounds", self.rounds, 1)
         check_at_least("reference.every", self.reference.every, 1)
+        self.check_beta(self.beta)
         if self.cross > 1 and self.num_candidates != 1:
             raise ValueError(f"cross must be 1 where a prompt has several candidates, got {self.cross!r}")
+
+    def check_beta(self, beta: Any) -> None:
+        """Raises ValueError, naming the method, unless ``beta`` may be the strength of its KL term, or is traced."""
+        if not isinstance(beta, int | float) or 0 < beta < float("inf") or (beta == 0 and self.zero_beta):
+            return
+        allowed = "at least 0" if self.zero_beta else "above 0 (its loss or its labels divide by it)"
+        raise ValueError(f"beta must be a finite number {allowed} for method {self.name}, got {beta!r}")
+
+    def own_beta(self, beta: float) -> float:
+        """A strength in reward units as the method takes it.
+
+        In units of preference it is a quarter of that: a win rate under Bradley and Terry rises by 1/4 per unit of
+        reward at a tie, so that ``win rate / (beta / 4)`` and ``reward / beta`` tilt alike there.
+
+        Args:
+          beta: Reward units.
+
+        Returns:
+          In ``units``.
+        """
+        return beta / _UNITS_OF_REWARD[self.units]
+
+    @property
+    def reward_beta(self) -> float:
+        """The paper's ``beta`` in reward units."""
+        return self.beta * _UNITS_OF_REWARD[self.units]
 
     @property
     def sources(self) -> tuple[str, ...]:

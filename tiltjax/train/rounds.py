@@ -131,11 +131,15 @@ def prepare(
       feedback: Of the candidates.
       key: Of the labels, consumed.
       view: `ViewFn`.
-      beta: Strength of the KL term, reward units; may be traced.
+      beta: Strength of the KL term, as of `Method.own_beta`; may be traced.
 
     Returns:
       The method's memory after the round, and the `Batch`.
+
+    Raises:
+      ValueError: If the method cannot have that ``beta``.
     """
+    method.check_beta(beta)
     N = candidates.completion.shape[1]
     counts = [num for _, num in method.draw] if method.cross == 1 else [N]
     sources = [i for i, num in enumerate(counts) for _ in range(num)]
@@ -165,7 +169,7 @@ def objective(method: Method, *, view: ViewFn, beta: Numeric) -> Callable:
     Args:
       method: The record.
       view: `ViewFn`.
-      beta: Strength of the KL term; may be traced.
+      beta: Strength of the KL term, as of `Method.own_beta`; may be traced.
 
     Returns:
       A `tiltjax.train.step.LossFn`; logs the ratio's distance from 1, two estimates of the KL to the reference (where
@@ -229,7 +233,7 @@ def fit(
       key: Consumed.
       view: `ViewFn`.
       tx: Optimizer.
-      beta: Strength of the KL term, reward units; may be traced.
+      beta: Strength of the KL term, as of `Method.own_beta`; may be traced.
       minibatches: Into how many parts the prompts are cut, one gradient step each. From the second epoch on, the parts
         are new ones. Divides the number of prompts.
       microbatches: Parts of each of those, to save memory: see `tiltjax.train.step.train_step`.

@@ -44,7 +44,7 @@ def majority(now: Round, batch: Batch) -> Batch:
 
 def _rlif(name: str, paper: str, label: Prepare, num: int, feedback: str, beta: float) -> Method:
     return Method(name, paper, surrogate(ppo_clip_loss, mode="seq_mean_token_mean", kl=kl_k3), (("current", num),),
-                  feedback, label=label, advantage=group_scaled, beta=beta, optimum="none")  # fmt: skip
+                  feedback, label=label, advantage=group_scaled, beta=beta, zero_beta=True, optimum="none")  # fmt: skip
 
 
 INTERNAL = (

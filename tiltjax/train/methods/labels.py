@@ -53,10 +53,16 @@ __all__ = [
     "regularised",
     "select",
     "surrogate",
+    "unregularised",
     "whitened_to_go",
     "win_rates",
     "win_rates_against",
 ]
+
+
+def unregularised(beta: Numeric) -> bool:
+    """Whether there is no KL term: 0 times the log-ratio of a token that the reference rules out would be NaN."""
+    return isinstance(beta, int | float) and beta == 0
 
 
 def logp_of(view: View, batch: Batch) -> Float[Array, "B N"]:
@@ -134,7 +140,7 @@ def surrogate(kernel: Callable[..., Array], *, mode: str, kl: Callable[..., Arra
     def loss(view: View, batch: Batch, beta: Numeric) -> Average:
         mask = batch.mask
         values = kernel(view.token_logp, batch.old.token_logp, batch.advantage, mask)
-        if kl is not None:
+        if kl is not None and not unregularised(beta):
             values = values + beta * kl(view.token_logp, batch.ref.token_logp, mask)
         width = mask.shape[-1] if mode == "dr_grpo" else None
         return aggregate(values, mask, mode=mode, max_length=width, where=batch.where)
@@ -243,6 +249,8 @@ def win_rates_against(now: Round, batch: Batch) -> Batch:
 
 def regularised(now: Round, batch: Batch) -> Batch:
     """The KL in the reward: the reward less ``beta`` times the log-ratio of the whole completion to the reference."""
+    if unregularised(now.beta):
+        return batch
     ratio = logp_of(batch.old, batch) - logp_of(batch.ref, batch)
     return batch.change(reward=batch.reward - now.beta * ratio)
 
@@ -294,7 +302,7 @@ def greedy_centred(now: Round, batch: Batch) -> Batch:
 
 def whitened_to_go(now: Round, batch: Batch) -> Batch:
     """`tiltjax.advantages.reinforce_pp_advantage`."""
-    ratio = kl_k1(batch.old.token_logp, batch.ref.token_logp, batch.mask)
+    ratio = _log_ratio(batch, now.beta)
     return batch.change(advantage=reinforce_pp_advantage(batch.reward, ratio, batch.mask, beta=now.beta))
 
 
@@ -322,8 +330,15 @@ def actor_critic(
       ValueError: If the view has no values.
     """
     mask = batch.mask
-    ratio = kl_k1(batch.old.token_logp, batch.ref.token_logp, mask)
+    ratio = _log_ratio(batch, beta)
     if batch.old.value is None:
         raise ValueError("view must give values for an actor-critic method, got None")
-    per_token = token_reward(reward, ratio, mask, beta=0.0) - beta * ratio
+    per_token = token_reward(reward, jnp.zeros_like(ratio), mask, beta=0.0) - beta * ratio
     return gae(per_token, batch.old.value[..., critic], mask, lam=lam)
+
+
+def _log_ratio(batch: Batch, beta: Numeric) -> Float[Array, "B N T"]:
+    """Of every token to the reference; 0 where there is no KL term."""
+    if unregularised(beta):
+        return jnp.zeros(batch.mask.shape)
+    return kl_k1(batch.old.token_logp, batch.ref.token_logp, batch.mask)

@@ -97,6 +97,7 @@ PAIRWISE: dict[str, tuple[Loss, str, float, bool]] = {
 """Name of every pairwise loss: the loss, its paper, the paper's beta, and whether it reads the reference. Each makes
 two records, offline and online."""
 
+_WITHOUT_BETA = ("slic", "orpo")
 _TILTS = ("dpo",)  # The others tend to another tilt, or to none: each loss says which.
 
 
@@ -129,6 +130,7 @@ def _offline(name: str) -> Method:
     loss, paper, beta, ref = PAIRWISE[name]
     return Method(name, paper, loss, (("initial", 2),), "preference", label=judged, rounds=1, beta=beta,
                   reads_reference=ref, learning_rate=1e-6, optimum="tilt" if name in _TILTS else "none",
+                  zero_beta=name in _WITHOUT_BETA,
                   units="preference" if name == "ipo" else "reward")  # fmt: skip
 
 
