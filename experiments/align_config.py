@@ -179,15 +179,20 @@ class AlignConfig:
     )
     prompts: str = field(
         "reviews",
-        "Prompts: a shipped set, a .jsonl or .parquet file, tfds:<builder>, or reasoning_gym:<task>?option=value.",
+        "Prompts: a shipped set; a .jsonl, .json, .csv, .parquet or .arrow file; a folder of them (FOLDER?split=train "
+        "where there are several splits); tfds:<builder>; or reasoning_gym:<task>?option=value.",
     )
     demonstrations: str = field(
         "",
-        "What sft and spin imitate: a column of the prompts (such as answer), or a .jsonl or .parquet file or "
-        "tfds:<builder> with a completion of every training prompt.",
+        "What sft and spin imitate: a column of the prompts (such as answer), or a file, folder or tfds:<builder> with "
+        "a completion of every training prompt.",
     )
     corpus: str = field(
         "", "What ppo_ptx must not forget: a file or tfds:<builder> with prompt and completion, or with text."
+    )
+    skip_bad_rows: bool = field(
+        False,
+        "Leave out bad rows of prompts, demonstrations and corpus, and say how many, instead of refusing the first.",
     )
     cost: str = field(
         "",
@@ -209,7 +214,7 @@ class AlignConfig:
     report_beta: float = report_beta_field()
     num_candidates: int = field(16, "N, candidates per prompt, drawn from the reference.")
     num_prompts: int = field(64, "Training prompts, from the top of the file.")
-    num_eval_prompts: int = field(32, "Held-out prompts, the rows after those.")
+    num_eval_prompts: int = field(32, "Held-out prompts: of the rows after those, the ones that repeat none.")
     max_tokens: int = field(24, "Longest completion, tokens.")
     fit_candidates: int = field(
         4, "tilted_mle: fit this many candidates per prompt, resampled from the tilt; 0 fits all N, each by its weight."

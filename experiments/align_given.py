@@ -15,7 +15,8 @@ import numpy as np
 
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates, pad, supervised, take
-from tiltjax.data.datasets import read
+from tiltjax.data.datasets import DataError, read, with_columns
+from tiltjax.data.rows import parse_row
 from tiltjax.rewards.gate import required_columns
 from tiltjax.rewards.internal import cluster_answers
 from tiltjax.rewards.registry import load_reward
@@ -24,7 +25,17 @@ from tiltjax.train.learned_reward import LearnedReward, load_reward_model
 from tiltjax.train.method import Feedback, Method
 from tiltjax.types import Array, Bool, Int, PRNGKey
 
-__all__ = ["LEARNED", "NEEDS", "Given", "answer_ids", "feedback", "load_cost", "load_given"]
+__all__ = [
+    "LEARNED",
+    "NEEDS",
+    "Given",
+    "answer_ids",
+    "feedback",
+    "load_cost",
+    "load_given",
+    "needed_columns",
+    "read_given",
+]
 
 LEARNED = "model:"
 """Before the directory of a reward model of `experiments.reward_model`."""
@@ -104,14 +115,46 @@ class Given:
         return batch, jax.tree.map(lambda x: both(x, np.zeros_like(x)), told)
 
 
-def load_given(config: Any, record: Method | None, rows: Sequence[Any], tokenizer: text.Tokenizer) -> Given:
-    """Reads what the record needs; nothing else is opened.
+def read_given(config: Any, record: Method | None, rows: Sequence[Any]) -> dict[str, Any]:
+    """The texts of what the record needs; nothing else is opened.
+
+    Args:
+      config: Of `experiments.align`.
+      record: None for a method that is no record.
+      rows: The training prompts.
+
+    Returns:
+      Flag of `NEEDS` -> the demonstrations of every prompt, or the rows of the corpus.
+
+    Raises:
+      ValueError: In one line, if a demonstration or a column is missing, or a row is bad.
+      OSError: If there is no such file.
+    """
+    wanted = _wanted(record)
+    with_columns(rows, needed_columns(config, record, rows), source=config.prompts)
+    found: dict[str, Any] = {}
+    if "demonstrations" in wanted:
+        found["demonstrations"] = _demonstrations(config, rows)
+    if "corpus" in wanted:
+        found["corpus"] = read(config.corpus, "supervised", skip_bad=config.skip_bad_rows)
+    return found
+
+
+def load_given(
+    config: Any,
+    record: Method | None,
+    rows: Sequence[Any],
+    tokenizer: text.Tokenizer,
+    texts: dict[str, Any] | None = None,
+) -> Given:
+    """What the record needs, as tokens and as functions.
 
     Args:
       config: Of `experiments.align`.
       record: None for a method that is no record.
       rows: The training prompts.
       tokenizer: Of the policy.
+      texts: From `read_given`; None reads them.
 
     Returns:
       `Given`.
@@ -120,11 +163,11 @@ def load_given(config: Any, record: Method | None, rows: Sequence[Any], tokenize
       ValueError: In one line, if a demonstration or a column is missing, or a model is not one of a cost.
       OSError: If there is no such file.
     """
-    wanted = [] if record is None else [name for name, needs in NEEDS.items() if needs(record)]
+    texts = read_given(config, record, rows) if texts is None else texts
     found: dict[str, Any] = {}
     parts: list[str] = []
-    if "demonstrations" in wanted:
-        told = _demonstrations(config, rows)
+    if "demonstrations" in texts:
+        told = texts["demonstrations"]
         prompts = [row.prompt for row, group in zip(rows, told, strict=True) for _ in group]
         templates = [row.template for row, group in zip(rows, told, strict=True) for _ in group]
         flat = text.encode_completions(
@@ -133,41 +176,80 @@ def load_given(config: Any, record: Method | None, rows: Sequence[Any], tokenize
         ends = np.cumsum([len(group) for group in told]).tolist()
         found["demonstrations"] = [flat[end - len(group) : end] for end, group in zip(ends, told, strict=True)]
         parts.append(repr(told))
-    if "corpus" in wanted:
-        found["corpus"] = _corpus(config, tokenizer)
+    if "corpus" in texts:
+        found["corpus"] = _corpus(config, texts["corpus"], tokenizer)
         parts.append(hashlib.sha256(found["corpus"].completion.tobytes()).hexdigest())
-    if "cost" in wanted:
+    if "cost" in _wanted(record):
         cost = found["cost"] = load_cost(config.cost, None if config.compute_dtype == "auto" else config.compute_dtype)
-        for column in required_columns(cost):
-            if column not in rows[0].columns:
-                raise ValueError(f"{config.prompts}: cost {config.cost!r} needs a column {column!r}")
         parts.append(getattr(cost, "fingerprint", config.cost))
     print_ = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""
     return Given(fingerprint=print_, **found)
 
 
+def _wanted(record: Method | None) -> list[str]:
+    return [] if record is None else [name for name, needs in NEEDS.items() if needs(record)]
+
+
+def needed_columns(config: Any, record: Method | None, rows: Sequence[Any]) -> dict[str, str]:
+    """Columns that every prompt must have for what the record is given, and what needs them.
+
+    Args:
+      config: Of `experiments.align`.
+      record: None for a method that is no record.
+      rows: Prompts, to know whether the demonstrations are a column of them.
+
+    Returns:
+      Column -> what needs it.
+    """
+    wanted = _wanted(record)
+    needs: dict[str, str] = {}
+    if "cost" in wanted and not config.cost.startswith(LEARNED):
+        needs |= dict.fromkeys(required_columns(load_reward(config.cost)), f"cost {config.cost!r}")
+    if "demonstrations" in wanted and _is_column(config.demonstrations, rows):
+        needs[config.demonstrations] = "--demonstrations"
+    return needs
+
+
+def _is_column(name: str, rows: Sequence[Any]) -> bool:
+    return any(name in row.columns for row in rows)
+
+
 def _demonstrations(config: Any, rows: Sequence[Any]) -> list[list[text.Text]]:
     """Of every training prompt: from a column of the prompts, or from a file by its prompts."""
     source = config.demonstrations
-    if source in rows[0].columns:
-        told = [row.columns.get(source) for row in rows]
-        for i, value in enumerate(told):
-            if value is None or not str(value).strip():
-                raise ValueError(f"{config.prompts}: prompt {i + 1} has no {source!r} to learn from")
-        return [[value if isinstance(value, str | list) else str(value)] for value in told]
+    if _is_column(source, rows):
+        return [[_told(row, source)] for row in rows]
     known: dict[str, list] = {}
-    said: list[Any] = read(source, "supervised")
+    try:
+        said: list[Any] = read(source, "supervised", skip_bad=config.skip_bad_rows)
+    except FileNotFoundError as error:
+        columns = ", ".join(sorted({name for row in rows for name in row.columns})) or "none"
+        raise ValueError(
+            f"demonstrations must be a column of {config.prompts} ({columns}) or a file, got {source!r}: {error}"
+        ) from None
     for row in said:
         known.setdefault(json.dumps(row.prompt), []).append(row.completion)
-    for i, row in enumerate(rows):
+    for row in rows:
         if json.dumps(row.prompt) not in known:
-            raise ValueError(f"{source}: no completion of prompt {i + 1} of {config.prompts}: {row.prompt!r:.80}")
+            raise ValueError(f"{source}: no completion of the prompt of {row.place}: {row.prompt!r:.80}")
     return [known[json.dumps(row.prompt)] for row in rows]
 
 
-def _corpus(config: Any, tokenizer: text.Tokenizer) -> Candidates:
+def _told(row: Any, column: str) -> text.Text:
+    """What a column of a prompt has as its demonstration; a number is the text that it is written as."""
+    value = row.columns[column]
+    value = value if isinstance(value, str | list | dict) else str(value)
+    try:
+        told: Any = parse_row({"prompt": row.prompt, "completion": value}, "supervised")
+    except ValueError as error:
+        raise DataError(f"{row.place}: column {column!r} is no demonstration: {error}") from None
+    if isinstance(told.completion, str) and not told.completion.strip():
+        raise DataError(f"{row.place}: column {column!r} is empty: nothing to learn from")
+    return told.completion
+
+
+def _corpus(config: Any, rows: Sequence[Any], tokenizer: text.Tokenizer) -> Candidates:
     """A completion for each of its own prompts; text without one follows BOS, or EOS where the tokenizer has no BOS."""
-    rows: list[Any] = read(config.corpus, "supervised")
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text.eos_id(tokenizer)]
     asked = [row for row in rows if row.prompt]
     options: dict[str, Any] = {"templates": [row.template for row in asked], "max_tokens": config.max_tokens}

@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.align_config import RECORDS, AlignConfig
-from experiments.align_given import LEARNED, Given, load_given
+from experiments.align_given import LEARNED, Given, load_given, needed_columns, read_given
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
-from tiltjax.data.datasets import PromptRow, read
+from tiltjax.data.datasets import PromptRow, hold_out, read, with_columns
 from tiltjax.data.limits import limit
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
@@ -24,6 +24,7 @@ from tiltjax.rewards.registry import load_reward, parse_spec
 from tiltjax.train import distributed
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.learned_reward import load_reward_model
+from tiltjax.train.method import Method
 from tiltjax.train.methods import METHODS
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
 from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec
@@ -166,7 +167,7 @@ def _encode(tokenizer: text.Tokenizer, rows: list, config: AlignConfig) -> list[
         raise ValueError(f"{config.prompts}: {error}") from None
 
 
-def prompt_rows(source: str, wanted: int, *, seed: int) -> list:
+def prompt_rows(source: str, wanted: int, *, seed: int, skip_bad: bool = False) -> list:
     """Prompts of a shipped set or a file or TFDS builder (all), or of a reasoning-gym task.
 
     Of a task there are as many different ones as are wanted, or fewer where it has no more.
@@ -180,9 +181,22 @@ def prompt_rows(source: str, wanted: int, *, seed: int) -> list:
             if len(asked) >= wanted:
                 break
         rows = list(asked.values())[:wanted]
-        return [PromptRow(prompt=str(row.pop("prompt")), columns=dict(row)) for row in rows]
+        return [
+            PromptRow(prompt=str(row.pop("prompt")), columns=dict(row), place=f"{source}:{i}")
+            for i, row in enumerate(rows, 1)
+        ]
     shipped = PROMPTS / f"{source}.jsonl"
-    return list(read(shipped if shipped.exists() else source, "prompt"))
+    return list(read(shipped if shipped.exists() else source, "prompt", skip_bad=skip_bad))
+
+
+def _split_prompts(config: AlignConfig, record: Method | None, reward: Any) -> tuple[list, list]:
+    """Rows to train on and rows to be judged by, with every column that something needs."""
+    skip, wanted = config.skip_bad_rows, config.num_prompts + config.num_eval_prompts
+    rows = prompt_rows(config.prompts, wanted, seed=config.seed, skip_bad=skip)
+    needs = dict.fromkeys(required_columns(reward), f"reward {config.reward!r}")
+    needs |= needed_columns(config, record, rows)
+    rows = with_columns(rows, needs, source=config.prompts, skip_bad=skip)
+    return hold_out(rows, config.num_prompts, config.num_eval_prompts, source=config.prompts)
 
 
 def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
@@ -192,15 +206,9 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         reward: Any = load_reward_model(config.reward.removeprefix(LEARNED), compute_dtype=told)
     else:
         reward = load_reward(config.reward)
-    wanted = config.num_prompts + config.num_eval_prompts
-    rows = prompt_rows(config.prompts, wanted, seed=config.seed)
-    if len(rows) < wanted:
-        raise ValueError(
-            f"{config.prompts}: {wanted} prompts are needed (training and held-out), the file has {len(rows)}"
-        )
-    for column in required_columns(reward):
-        if column not in rows[0].columns:
-            raise ValueError(f"{config.prompts}: reward {config.reward!r} needs a column {column!r}")
+    record = METHODS[RECORDS[config.method]] if config.method in RECORDS else None
+    train, held_out = _split_prompts(config, record, reward)
+    texts = read_given(config, record, train)
     mesh = make_mesh(config.mesh)
     places = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % places:
@@ -215,8 +223,6 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
             )
     source = text.find_embedded_gguf() if config.policy == "smollm2" else config.policy
     tokenizer = text.load_tokenizer(source)
-    train, held_out = rows[: config.num_prompts], rows[config.num_prompts : wanted]
-    record = METHODS[RECORDS[config.method]] if config.method in RECORDS else None
     dtype = fast_dtype() if config.compute_dtype == "auto" else config.compute_dtype
     model = pretrained.load(
         source,
@@ -227,7 +233,7 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     )
     limit(tokenizer, model.config)
     _encode(tokenizer, [*train, *held_out], config)  # What cannot be read is refused before anything is sampled.
-    given = load_given(config, record, train, tokenizer)
+    given = load_given(config, record, train, tokenizer, texts)
     sampler = make_sampler(
         num_candidates=config.num_candidates,
         max_tokens=config.max_tokens,
@@ -240,7 +246,7 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     parts = [reward.fingerprint] if hasattr(reward, "fingerprint") else []
     parts += [given.fingerprint] if given.fingerprint else []
     parts += [config.fingerprint(), dtype, pretrained.fingerprint(model), text.tokenizer_fingerprint(tokenizer)]
-    made_of = "\n".join([*parts, *(repr(row) for row in rows[:wanted])])
+    made_of = "\n".join([*parts, *(repr(row) for row in (*train, *held_out))])
     return World(
         config=config,
         directory=directory,

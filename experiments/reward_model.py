@@ -75,7 +75,8 @@ class RewardConfig:
     kind: str = field("global", f"Kinds with commas between, or all: {', '.join(KINDS)}.")
     policy: str = field("smollm2", "Writes the completions and becomes the model: as in experiments.align.")
     prompts: str = field("reviews", "Prompts of the completions: as in experiments.align.")
-    data: str = field("", "Rows with labels: a .jsonl or .parquet file or folder; empty labels the policy's own text.")
+    data: str = field("", "Rows with labels: a file or folder as for --prompts; empty labels the policy's own text.")
+    skip_bad_rows: bool = field(False, "Leave out bad rows and say how many, instead of refusing the first.")
     gold: str = field("", "Gold reward, as in experiments.align; empty is sentiment, and none with --data.")
     label: str = field("gold", "Who compares: gold, or judge:<policy>.")
     criterion: str = field("is the more positive one", "What a judge is asked: 'Which continuation ...?'")
@@ -137,6 +138,7 @@ class RewardConfig:
             policy=self.policy,
             reward=self.gold or ("brevity" if self.data else "sentiment"),
             prompts=self.prompts,
+            skip_bad_rows=self.skip_bad_rows,
             method="soft_best_of_n",
             num_candidates=self.num_candidates,
             num_prompts=self.num_prompts,
@@ -184,7 +186,9 @@ def run(config: RewardConfig) -> dict[str, Any]:
     for kind in kinds_of(config):
         spec = _spec(config, world, kind)
         if config.data:
-            learn, held_out = file_splits(config.data, world.tokenizer, spec, held_out=config.num_eval_prompts)
+            learn, held_out = file_splits(
+                config.data, world.tokenizer, spec, held_out=config.num_eval_prompts, skip_bad=config.skip_bad_rows
+            )
         else:
             options: dict[str, Any] = {"scale": config.scale}
             learn, agreement = drawn_split(world, "train", spec, most=config.pairs, compare=compare, **options)

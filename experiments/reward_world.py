@@ -6,6 +6,7 @@ log-odds, "harmful" one with their negative, and a good step one with the log-od
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,16 +19,21 @@ from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
 from tiltjax.data.chat import transcript
-from tiltjax.data.datasets import DataError, read
+from tiltjax.data.datasets import prompt_identity, read
 from tiltjax.data.limits import limit
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.learned_reward import encode, source_of
-from tiltjax.train.reward_model import Labelled, RewardSpec, step_ends
+from tiltjax.train.reward_model import WITH_MARGIN, Labelled, RewardSpec, step_ends
 from tiltjax.train.rollout import score_all
 
 __all__ = ["Compare", "Split", "drawn_split", "file_splits", "judge", "newline_tokens", "pairs_of"]
+
+_LOG = logging.getLogger(__name__)
+
+_HARM = ("chosen_harmful", "rejected_harmful")
+"""Columns of kind "cost"."""
 
 Compare = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
 """``(prompts, first, second) -> log-odds that the first is preferred``, nats."""
@@ -128,16 +134,20 @@ def _bernoulli(rng: np.random.Generator, log_odds: np.ndarray) -> np.ndarray:
     return rng.logistic(size=log_odds.shape) < log_odds
 
 
-def file_splits(source: str, tokenizer: text.Tokenizer, spec: RewardSpec, *, held_out: int) -> tuple[Split, Split]:
-    """Somebody's labels; the last rows are held out.
+def file_splits(
+    source: str, tokenizer: text.Tokenizer, spec: RewardSpec, *, held_out: int, skip_bad: bool = False
+) -> tuple[Split, Split]:
+    """Somebody's labels; the last rows are held out, and rows before them that have a prompt of theirs are left out.
 
     Args:
       source: As for `tiltjax.data.datasets.read`. Kind "outcome" takes the columns prompt, completion and label;
         "process" prompt, completions (the steps) and labels; "cost" prompt, chosen (the safer), rejected,
-        chosen_harmful and rejected_harmful; all others prompt, chosen and rejected.
+        chosen_harmful and rejected_harmful; all others prompt, chosen and rejected. A column margin beside chosen and
+        rejected enters the loss of kinds "global" and "preference".
       tokenizer: Of the policy.
       spec: Of the kind.
       held_out: Rows that are held out.
+      skip_bad: Leaves out bad rows and says how many, instead of refusing the first.
 
     Returns:
       The splits to learn from and to judge by.
@@ -146,13 +156,15 @@ def file_splits(source: str, tokenizer: text.Tokenizer, spec: RewardSpec, *, hel
       ValueError: If a row is bad, or there are too few.
     """
     kind = {"outcome": "unpaired", "process": "prompt"}.get(spec.kind, "pair")
-    rows: list[Any] = list(read(source, kind))
+    check = {"process": _check_steps, "cost": _check_harm}.get(spec.kind)
+    rows: list[Any] = read(source, kind, skip_bad=skip_bad, check=check)
     if len(rows) < held_out + 2:
         raise ValueError(f"{source}: {held_out + 2} rows are needed (2 to learn from), the file has {len(rows)}")
+    rows = _without_held_out(source, rows, held_out)
     prompts, templates = [row.prompt for row in rows], [row.template for row in rows]
     labels: dict[str, Any] = {}
     if spec.kind == "process":
-        candidates, labels["step_label"] = _steps(source, tokenizer, rows)
+        candidates, labels["step_label"] = _steps(tokenizer, rows)
         groups = [["".join(row.columns["completions"])] for row in rows]
     elif spec.kind == "outcome":
         groups = [[row.completion] for row in rows]
@@ -163,27 +175,67 @@ def file_splits(source: str, tokenizer: text.Tokenizer, spec: RewardSpec, *, hel
         candidates = encode(tokenizer, prompts, groups, templates=templates)
         labels["pair"] = np.broadcast_to(np.array([[[0, 1]]]), (len(rows), 1, 2)).copy()
         labels["pair_where"] = np.full((len(rows), 1), True)
+        labels["margin"] = _margin(source, spec, rows)
         if spec.kind == "cost":
-            names = ("chosen_harmful", "rejected_harmful")
-            for i, row in enumerate(rows, 1):
-                for name in names:
-                    if not isinstance(row.columns.get(name), bool):
-                        raise DataError(f"{source}:{i}: {name} must be true or false")
-            labels["label"] = np.array([[row.columns[name] for name in names] for row in rows])
-    length = np.array([[len(c if isinstance(c, str) else c[-1]["content"]) for c in group] for group in groups], float)
+            labels["label"] = np.array([[row.columns[name] for name in _HARM] for row in rows])
+    length = np.array([[_characters(completion) for completion in group] for group in groups], float)
     whole = Labelled(candidates=candidates, **labels)
     first, last = slice(None, len(rows) - held_out), slice(len(rows) - held_out, None)
     parts = [Split(data=jax.tree.map(lambda x, at=at: x[at], whole), length=length[at]) for at in (first, last)]
     return parts[0], parts[1]
 
 
-def _steps(source: str, tokenizer: text.Tokenizer, rows: list) -> tuple[Candidates, np.ndarray]:
+def _without_held_out(source: str, rows: list, held_out: int) -> list:
+    """The rows, less those to learn from whose prompt is among the last ones."""
+    first, last = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+    judged = {prompt_identity(row) for row in last}
+    learned = [row for row in first if prompt_identity(row) not in judged]
+    if repeated := len(first) - len(learned):
+        told = f"{repeated} of {len(first)} rows to learn from have a prompt of the {held_out} held-out rows"
+        if len(learned) < 2:
+            raise ValueError(f"{source}: {told}: too few are left to learn from")
+        _LOG.warning("%s: %s: left out", source, told)
+    return learned + last
+
+
+def _margin(source: str, spec: RewardSpec, rows: list) -> np.ndarray | None:
+    """Of every pair ``[P, 1]``; None where there is none, or the kind has no use for one."""
+    given = sum(row.margin is not None for row in rows)
+    if not given:
+        return None
+    if spec.kind not in WITH_MARGIN:
+        _LOG.warning("%s: %d rows have a margin, which the loss of kind %s does not use", source, given, spec.kind)
+        return None
+    _LOG.info("%s: %d of %d rows have a margin; that of the others is 0", source, given, len(rows))
+    return np.array([[row.margin or 0.0] for row in rows], np.float32)
+
+
+def _characters(completion: text.Text) -> int:
+    return len(completion if isinstance(completion, str) else completion[-1].get("content") or "")
+
+
+def _check_harm(row: Any) -> None:
+    for name in _HARM:
+        if not isinstance(row.columns.get(name), bool):
+            raise ValueError(f"{name} must be true or false")
+
+
+def _check_steps(row: Any) -> None:
+    steps, labels = row.columns.get("completions"), row.columns.get("labels")
+    if not (isinstance(steps, list) and isinstance(labels, list) and len(steps) == len(labels) > 0):
+        raise ValueError("completions and labels must be lists of the same length, not empty")
+    for i, (step, label) in enumerate(zip(steps, labels, strict=True)):
+        if not isinstance(step, str):
+            raise ValueError(f"completions[{i}] must be a text")
+        if label not in (0, 1):
+            raise ValueError(f"labels[{i}] must be true or false, got {label!r}")
+
+
+def _steps(tokenizer: text.Tokenizer, rows: list) -> tuple[Candidates, np.ndarray]:
     """Steps stand one to a line; a label stands at the last token of its step."""
     completions, ends = [], []
-    for i, row in enumerate(rows, 1):
-        steps, labels = row.columns.get("completions"), row.columns.get("labels")
-        if not (isinstance(steps, list) and isinstance(labels, list) and len(steps) == len(labels) > 0):
-            raise DataError(f"{source}:{i}: completions and labels must be lists of the same length, not empty")
+    for row in rows:
+        steps, labels = row.columns["completions"], row.columns["labels"]
         lines = text.encode_completions(tokenizer, [f"{step.rstrip()}\n" for step in steps[:-1]], eos=False)
         lines += text.encode_completions(tokenizer, steps[-1:], prompts=[row.prompt])
         completions.append([token for line in lines for token in line])

@@ -33,7 +33,8 @@ def home(tmp_path_factory):
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(14))]
     save_policy(home / "policy", words)
     rows = [
-        {"prompt": " ".join(words[2 + (i * 7 + k) % 14] for k in range(KINDS[i // 8 % 4][0]))} for i in range(P + 2)
+        {"prompt": " ".join(words[2 + (i * 7 + i // P * 3 + k) % 14] for k in range(KINDS[i // 8 % 4][0]))}
+        for i in range(P + 2)
     ]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return home

@@ -236,15 +236,18 @@ class TestWhatIsMissing:
     def test_a_demonstration(self, home, tmp_path, drawing):
         rows = (home / "told.jsonl").read_text().splitlines()
         (tmp_path / "few.jsonl").write_text("\n".join(rows[:3]))
-        with pytest.raises(ValueError, match=r"few.jsonl: no completion of prompt 4 of .*prompts.jsonl: 'w3 w0 w3 w4'"):
+        with pytest.raises(
+            ValueError, match=r"few.jsonl: no completion of the prompt of .*prompts.jsonl:4: 'w3 w0 w3 w4'"
+        ):
             drawing("sft", demonstrations=f"{tmp_path}/few.jsonl")
         blank = [json.loads(row) for row in (home / "prompts.jsonl").read_text().splitlines()]
         write(tmp_path / "blank.jsonl", [row | {"answer": " " if i == 2 else "w1"} for i, row in enumerate(blank)])
-        with pytest.raises(ValueError, match=r"blank.jsonl: prompt 3 has no 'answer' to learn from"):
+        with pytest.raises(ValueError, match=r"blank.jsonl:3: column 'answer' is empty: nothing to learn"):
             drawing("sft", demonstrations="answer", prompts=f"{tmp_path}/blank.jsonl")
-        with pytest.raises(FileNotFoundError, match=r"no such file: nowhere.jsonl"):
-            drawing("sft", demonstrations="nowhere.jsonl")
-        with pytest.raises(ValueError, match="cost 'exact_match' needs a column 'answer'"):
+        columns = r"demonstrations must be a column of .*prompts.jsonl \(answer\) or a file, got 'nowhere'"
+        with pytest.raises(ValueError, match=columns):
+            drawing("sft", demonstrations="nowhere")
+        with pytest.raises(ValueError, match=r"told.jsonl:1: no column 'answer', which cost 'exact_match' needs"):
             drawing("safe_rlhf", cost="exact_match", prompts=f"{home}/told.jsonl")
 
     def test_what_a_record_cannot_have(self, home, tmp_path):

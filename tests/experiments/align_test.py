@@ -220,7 +220,7 @@ def refused(capsys, monkeypatch):
         ({"microbatches": 3}, "microbatches must divide batch_size=8, got 3"),
         ({"policy": "/no/such/policy"}, "/no/such/policy"),
         ({"reward": "kindness"}, "unknown reward 'kindness'"),
-        ({"reward": "exact_match"}, "needs a column 'answer'"),
+        ({"reward": "exact_match"}, "prompts.jsonl:1: no column 'answer', which reward 'exact_match' needs"),
         ({"prompts": "/no/such/prompts.jsonl"}, "/no/such/prompts.jsonl"),
         ({"num_prompts": 9}, "13 prompts are needed (training and held-out), the file has 12"),
         ({"mesh": "data:3"}, "3 places for 8 devices"),

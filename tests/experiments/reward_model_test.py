@@ -35,7 +35,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("reward")
     words = ["<eos>", "<pad>", "A", "B", *(f"w{i}" for i in range(12))]
     save_policy(home / "policy", words)
-    rows = [{"prompt": " ".join(words[4 + i % 9 : 7 + i % 9 - i % 3])} for i in range(12)]
+    rows = [{"prompt": " ".join(words[4 + i % 9 : 7 + i % 9 - i % 3 + i // 9])} for i in range(12)]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return home
 
@@ -116,7 +116,7 @@ def test_a_run_goes_on_with_another_kind_and_no_other_settings(home, finished, m
 
 
 def test_steps_of_a_file_are_learned_where_they_end(home, tmp_path, monkeypatch):
-    rows = [{"prompt": "w1 w2", "completions": [f"w{i % 5} w3", "w4", "w5 w6"][: 1 + i % 3],
+    rows = [{"prompt": f"w{i} w2", "completions": [f"w{i % 5} w3", "w4", "w5 w6"][: 1 + i % 3],
              "labels": [True, False, True][: 1 + i % 3]} for i in range(10)]  # fmt: skip
     data = tmp_path / "steps.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -142,7 +142,7 @@ def test_steps_of_a_file_are_learned_where_they_end(home, tmp_path, monkeypatch)
 def test_pairs_and_harm_of_a_file_keep_their_order(home, tmp_path):
     tokenizer, data = text.load_tokenizer(home / "policy"), tmp_path / "pairs.jsonl"
     row = {"prompt": "w1", "chosen": "w2", "rejected": "w3 w4", "chosen_harmful": False, "rejected_harmful": True}
-    data.write_text((json.dumps(row) + "\n") * 4)
+    data.write_text("".join(json.dumps(row | {"prompt": f"w{i}"}) + "\n" for i in range(4)))
     learn, _ = reward_world.file_splits(str(data), tokenizer, RewardSpec(kind="cost"), held_out=2)
     assert learn.data.label.tolist() == [[False, True]] * 2
     assert learn.data.pair.tolist() == [[[0, 1]]] * 2

@@ -50,7 +50,9 @@ def settings(tmp_path_factory):
     home = tmp_path_factory.mktemp("hosts")
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(CONFIG.vocab_size - 2))]
     save_policy(home / "policy", words, CONFIG)
-    rows = [{"prompt": " ".join(words[2 + i % 27 : 5 + i % 27 - i % 4 % 3])} for i in range(36)]
+    rows = [
+        {"prompt": " ".join(words[2 + i % 27 : 5 + i % 27 - i % 4 % 3][:: -1 if i >= 27 else 1])} for i in range(36)
+    ]
     rows[5]["prompt"] = " ".join(words[2:12] * 4)  # The steps that it is no part of are shorter, on both hosts.
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"policy": f"{home}/policy", "prompts": f"{home}/prompts.jsonl"} | SETTINGS

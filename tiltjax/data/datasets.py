@@ -6,7 +6,7 @@ What the columns mean is in `tiltjax.data.rows`.
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -42,6 +42,7 @@ def read(
     split: str | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
+    check: Callable[[Any], None] | None = None,
 ) -> list[Row]:
     """Reads rows of one kind.
 
@@ -57,6 +58,7 @@ def read(
       limit: Stop after so many rows; None reads all.
       skip_bad: Leaves out rows that are bad, and says how many in one line of the log, instead of refusing the first.
         A file that cannot be read as a whole is refused all the same.
+      check: Raises ValueError with the reason where a row is bad for what only the caller knows.
 
     Returns:
       At least one row. Nulls that Parquet and Arrow have filled in inside conversations and tools are gone.
@@ -74,7 +76,7 @@ def read(
     bad: list[DataError] = []
     for place, record in tqdm(open_source(source, split), desc=source, unit=" rows", delay=2, disable=None):
         try:
-            rows.append(_row(place, record, kind))
+            rows.append(_row(place, record, kind, check))
         except DataError as error:
             bad.append(error)
             if not skip_bad:
@@ -174,14 +176,17 @@ def prompt_identity(row: Row) -> str:
     return json.dumps([row.prompt, row.template], sort_keys=True, default=repr)
 
 
-def _row(place: str, record: Any, kind: str) -> Row:
+def _row(place: str, record: Any, kind: str, check: Callable[[Any], None] | None) -> Row:
     if isinstance(record, DataError):
         raise record
     try:
         _check_texts(record, "")
-        return parse_row(record, kind, place=place)
+        row = parse_row(record, kind, place=place)
+        if check is not None:
+            check(row)
     except ValueError as error:
         raise DataError(f"{place}: {error}") from None
+    return row
 
 
 def _check_texts(value: Any, name: str) -> None:
