@@ -69,7 +69,7 @@ class World:
         config, rows = self.config, self.rows[split.partition("-")[0]]
         path = self.directory / "candidates" / f"{split}.npz"
         if distributed.agree(path.exists()):
-            drawn = batches.load(path, fingerprint=self.fingerprint)
+            drawn = batches.load(path, fingerprint=self.fingerprint, vocab_size=self.model.config.vocab_size)
             return drawn, self.texts(drawn)
         size = config.sample_batch * min(QUEUE, -(-len(rows) // config.sample_batch))
         everywhere = NamedSharding(self.mesh, PartitionSpec())  # The sampler then divides candidates.
@@ -127,7 +127,7 @@ class World:
         """
         path = self.directory / "candidates" / f"{name}.npz"
         if distributed.agree(path.exists()):
-            return batches.load(path, fingerprint=self.fingerprint)
+            return batches.load(path, fingerprint=self.fingerprint, vocab_size=self.model.config.vocab_size)
         drawn = dataclasses.replace(drawn, ref_logp=self.ref_logp(drawn, description))
 
         def keep():

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tiltjax.data import candidates as lib
+from tiltjax.data import kept
 
 PROMPTS = [[5], [5, 6, 7], [8, 9]]
 GROUPS = [[[1, 2], [3, 4, 2]], [[2]], [[7, 2], [2], [9, 9, 9, 2]]]
@@ -330,3 +331,88 @@ def test_load_refuses_another_fingerprint(batch, tmp_path):
     lib.save(path, batch)
     with pytest.raises(ValueError, match=r"made by another .*: None, not xyz"):
         lib.load(path, fingerprint="xyz")
+
+
+def rewritten(path, **changes):
+    """The file as somebody leaves it who edits it, digests and all; None takes a field out."""
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files if name != "digests"} | changes
+    arrays = {name: np.asarray(x) for name, x in arrays.items() if x is not None}
+    np.savez_compressed(path, **arrays, digests=np.array(kept.digests(arrays)))
+
+
+@pytest.mark.robustness(
+    "Runs", given="a kept file of candidates that was edited", outcome="refused, with path and field"
+)
+def test_load_refuses_what_was_changed_since_it_was_written(batch, tmp_path):
+    path = tmp_path / "b.npz"
+    lib.save(path, batch, fingerprint="abc")
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    for changes, reason in (
+        ({"reward": batch.reward + np.float32(0.1)}, "field reward was changed after it was written"),
+        ({"reward": batch.reward.astype(np.float64)}, "field reward was changed after it was written"),
+        ({"where": np.ones_like(batch.where)}, "field where was changed after it was written"),
+        ({"ref_logp": batch.reward}, "field ref_logp was added after it was written"),
+        ({"reward": None}, "field reward is missing after it was written"),
+        ({"fingerprint": np.array("xyz")}, "field fingerprint was changed after it was written"),
+        ({"digests": None}, "no digest of its fields: written by another version, or edited"),
+        ({"digests": np.array("[1]")}, "the digest of its fields cannot be read"),
+    ):
+        np.savez(path, **{name: x for name, x in (arrays | changes).items() if x is not None})
+        with pytest.raises(ValueError, match=rf"b\.npz: {reason}; delete it to have it made again$"):
+            lib.load(path)
+
+
+@pytest.mark.robustness(
+    "Runs",
+    given="kept candidates with values that no run writes: rewards that are not finite, ids beyond the vocabulary, "
+    "masks with holes",
+    outcome="refused, with path and field",
+)
+def test_load_refuses_values_that_no_batch_can_have(batch, tmp_path):
+    path = tmp_path / "b.npz"
+    batch = batch.replace(old_token_logp=np.zeros(batch.completion.shape, np.float32))
+    infinite, prompt, negative, holes, bare = (
+        np.array(x) for x in (batch.reward, batch.prompt, batch.completion, batch.completion_mask, batch.prompt_mask)
+    )
+    infinite[1, 0], prompt[0, 0], negative[0, 0, 0], holes[0, 0, 0], bare[2] = np.inf, 99, -1, False, False
+    nan = np.where(batch.completion_mask, np.nan, 0).astype(np.float32)
+    B, N, T = batch.completion.shape
+    for changes, reason in (
+        ({"reward": infinite}, r"field reward has a value that is not finite, at \[1, 0\]"),
+        ({"old_token_logp": nan}, r"field old_token_logp has a value that is not finite, at \[0, 0, 0\]"),
+        ({"reward": batch.reward.astype(int)}, "field reward must be floats of 2 axes, got int64 of shape"),
+        ({"reward": batch.reward[:, 0]}, "field reward must be floats of 2 axes, got float32 of shape"),
+        ({"reward": batch.reward[:, :1]}, f"field reward has 1 along axis N, where {N} are expected"),
+        ({"where": batch.where[1:]}, f"field where has {B - 1} along axis B, where {B} are expected"),
+        ({"completion_mask": holes}, r"field completion_mask has a token behind padding, at \[0, 0, 0\]"),
+        ({"completion_mask": holes.astype(int)}, "field completion_mask must be booleans of 3 axes, got int64"),
+        ({"prompt_mask": bare}, r"field prompt_mask has a prompt without tokens, at \[2\]"),
+        ({"prompt": prompt}, r"field prompt has a token id that is not below vocab_size=50, at \[0, 0\]"),
+        ({"completion": negative}, r"field completion has a negative token id, at \[0, 0, 0\]"),
+        ({"support": np.zeros((B, N, T, 3), np.uint8)}, "field support has 3 along axis W, where 7 are expected"),
+        ({"completion": None}, "no field completion"),
+    ):
+        lib.save(path, batch)
+        rewritten(path, **changes)
+        with pytest.raises(ValueError, match=rf"b\.npz: {reason}"):
+            lib.load(path, vocab_size=50)
+    lib.save(path, batch.replace(reward=np.where(batch.where, batch.reward, np.nan)))
+    chex.assert_trees_all_equal(lib.load(path, vocab_size=50).completion, batch.completion)
+
+
+def test_every_field_has_its_form():
+    assert tuple(kept.FORMS) == tuple(lib.Candidates.__annotations__)
+
+
+def test_a_flipped_byte_is_never_believed(batch, tmp_path):
+    path = tmp_path / "b.npz"
+    lib.save(path, batch)
+    whole = bytearray(path.read_bytes())
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            chex.assert_trees_all_equal(lib.load(path), batch)  # Where nothing reads it.
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")  # noqa: PT017

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.train.worlds import ragged_candidates, tiny_model
+from tests.train.worlds import CONFIG, ragged_candidates, tiny_model
 from tiltjax.data import candidates as batches
+from tiltjax.models.transformer import Transformer
 from tiltjax.samplers.decode import Decoded
 from tiltjax.train import rollout
 from tiltjax.train.finite import NonFiniteError
@@ -46,15 +47,21 @@ class Counted:
         noise = jax.vmap(lambda key: jax.random.randint(key, (N, T), 0, 1000))(keys)
         return Decoded(
             completion=noise + 1000 * prompt[:, :1, None],
-            completion_mask=noise % 2 == 0,
+            completion_mask=np.arange(T)[None, None] < 1 + noise[..., :1] % T,
             token_logp=-noise.astype(np.float32),
             sampled_token_logp=0.0 * noise,
         )
 
 
+@functools.cache
+def telling_model():
+    """It has the tokens of `Counted`."""
+    return Transformer(jax.random.key(0), dataclasses.replace(CONFIG, vocab_size=13_000))
+
+
 def gather(sampler, **options):
     options = {"batch_size": 2, "fingerprint": "a", "prompts": PROMPTS} | options
-    return collect(jax.random.key(0), tiny_model(), sampler=sampler, pad_id=PAD, **options)
+    return collect(jax.random.key(0), telling_model(), sampler=sampler, pad_id=PAD, **options)
 
 
 def test_every_prompt_once_in_order_and_a_short_last_batch():
@@ -69,7 +76,7 @@ def test_every_prompt_once_in_order_and_a_short_last_batch():
     )
     noise = out.completion % 1000
     np.testing.assert_array_equal(out.old_token_logp, -noise)
-    np.testing.assert_array_equal(out.completion_mask, noise % 2 == 0)
+    np.testing.assert_array_equal(out.completion_mask, np.arange(T) < 1 + noise[..., :1] % T)
     assert len({row.tobytes() for row in noise}) == 5
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(out))
 

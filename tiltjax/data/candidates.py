@@ -8,8 +8,6 @@ import dataclasses
 import math
 import os
 import secrets
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import chex
 import jax
 import numpy as np
 
+from tiltjax.data import kept
 from tiltjax.ops.checks import check_at_least, check_choice
 from tiltjax.types import Array, Bool, Float, Int, UInt8
 
@@ -413,7 +412,7 @@ def alike(batches: Sequence[Candidates]) -> list[Candidates]:
 
 
 def save(path: str | os.PathLike, candidates: Candidates, *, fingerprint: str | None = None) -> None:
-    """Writes a batch as ``.npz``, whole or not at all.
+    """Writes a batch as ``.npz``, whole or not at all, with a digest of every field.
 
     Args:
       path: File to write, in a folder that exists; an older file is replaced.
@@ -425,6 +424,7 @@ def save(path: str | os.PathLike, candidates: Candidates, *, fingerprint: str | 
     arrays = {name: x.astype(np.float32) if x.dtype.kind == "V" else x for name, x in arrays.items()}
     if fingerprint is not None:
         arrays["fingerprint"] = np.array(fingerprint)
+    arrays["digests"] = np.array(kept.digests(arrays))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
@@ -436,19 +436,21 @@ def save(path: str | os.PathLike, candidates: Candidates, *, fingerprint: str | 
         temporary.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike, *, fingerprint: str | None = None) -> Candidates:
-    """Reads what `save` wrote; nothing is unpickled.
+def load(path: str | os.PathLike, *, fingerprint: str | None = None, vocab_size: int | None = None) -> Candidates:
+    """Reads what `save` wrote, and nothing else; nothing is unpickled.
 
     Args:
       path: The file.
       fingerprint: Of what would make the batch now; a file that was made with another one is refused.
+      vocab_size: Of the model that is going to read the tokens; an id beyond it is refused.
 
     Returns:
       `Candidates` of NumPy arrays.
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: In one line, with the path: not such a file, cut short, or of another fingerprint.
+      ValueError: In one line, with the path and the field: not such a file, cut short, of another fingerprint, changed
+        since it was written, or with values that no batch can have (`tiltjax.data.kept.check_values`).
     """
     path = Path(path)
     if not path.is_file():
@@ -456,18 +458,26 @@ def load(path: str | os.PathLike, *, fingerprint: str | None = None) -> Candidat
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
+    except PermissionError:
+        raise
+    except Exception:  # What zipfile, its decompressors and NumPy raise on damage is not one kind of error.
         raise ValueError(f"{path}: not a whole .npz file") from None
-    made_with = arrays.pop("fingerprint", None)
+    written, made_with = arrays.pop("digests", None), arrays.get("fingerprint")
     if fingerprint is not None and (made_with is None or str(made_with) != fingerprint):
         raise ValueError(
             f"{path}: made by another policy, tokenizer, prompts or settings: {made_with}, not {fingerprint}"
         )
-    if unknown := sorted(set(arrays) - set(_FIELDS)):
+    fields = {name: array for name, array in arrays.items() if name != "fingerprint"}
+    if unknown := sorted(set(fields) - set(_FIELDS)):
         raise ValueError(f"{path}: unknown field {', '.join(unknown)}")
-    if missing := [name for name in _REQUIRED if name not in arrays]:
+    if missing := [name for name in _REQUIRED if name not in fields]:
         raise ValueError(f"{path}: no field {', '.join(missing)}")
-    return Candidates(**arrays)
+    try:
+        kept.check_digests(arrays, written)
+        kept.check_values(fields, vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete it to have it made again") from None
+    return Candidates(**fields)
 
 
 def _check_fits(name, groups, length):

@@ -242,7 +242,7 @@ def collect(
         """What is kept; else the arrays that the devices are going to fill."""
         rows, real, (width,) = plan[i].rows, plan[i].real, plan[i].lengths
         if paths[i] in kept:
-            part = batches.load(paths[i], fingerprint=fingerprint)
+            part = batches.load(paths[i], fingerprint=fingerprint, vocab_size=model.config.vocab_size)
             if not np.array_equal(part.prompt, tokens[rows[:real]]):
                 raise ValueError(f"{paths[i]}: made from other prompts, or cut into other batches")
             return part
