@@ -198,7 +198,7 @@ class TestFeedback:
         class Learned:
             spec, fingerprint = RewardSpec(kind="cost", offset=0.25), "0"
 
-            def __call__(self, prompts, completions):
+            def __call__(self, prompts, completions, *conversation):
                 return [-float(said) - self.spec.offset for said in completions]
 
         monkeypatch.setattr(align_given, "load_reward_model", lambda *_, **__: Learned())
