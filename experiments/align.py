@@ -30,7 +30,6 @@ Bad input ends with one line and exit status 2; TILTJAX_TRACEBACK=1 shows the wh
 import logging
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,6 +50,7 @@ from tiltjax.train import distributed, evaluate
 from tiltjax.train.config import from_flags
 from tiltjax.train.distributed import Hosts
 from tiltjax.train.metrics import bootstrap_interval
+from tiltjax.train.streams import stream
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,12 +71,12 @@ def run(config: AlignConfig) -> dict[str, Any]:
     distributed.by_main(lambda: _LOG.info(resolved(config)))
     world = prepare(config, directory)
     open_run(config)  # Not before: input that is refused leaves no run behind.
-    drawn, _ = world.rollout("train", world.model, seed=0)
+    drawn, _ = world.rollout("train", world.model, name="train")
     reward = np.asarray(drawn.reward)
     estimates = evaluate.estimate(reward, beta=config.report_beta)
     warn_of_collapse(config, reward, estimates.ess)
     tuned = improve(world) if config.in_rounds else tune(world, drawn)
-    held_out, texts = world.rollout("heldout", world.model, seed=1)
+    held_out, texts = world.rollout("heldout", world.model, name="heldout")
     results, samples = compare(world, held_out, texts, tuned)
     if config.method != "soft_best_of_n":
         pretrained.save(tuned, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
@@ -96,7 +96,7 @@ def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: T
         "best_of_n": evaluate.best_of_n_frontier(reward, ns=ns),
         "tilt": evaluate.tilt_frontier(reward, betas=np.geomspace(beta / 8, beta * 32, 17).tolist()),
     }
-    picked = soft_best_of_n(jax.random.key(config.seed + 5), jnp.asarray(reward), beta=beta)
+    picked = soft_best_of_n(stream(config.seed, "soft best-of-n"), jnp.asarray(reward), beta=beta)
     samples = [
         {
             "prompt": text.prompt_text(row.prompt),
@@ -116,7 +116,7 @@ def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: T
         "points": points,
     }
     if config.method != "soft_best_of_n":
-        sampled, tuned_texts = world.rollout("heldout-tuned", tuned, seed=2)
+        sampled, tuned_texts = world.rollout("heldout-tuned", tuned, name="heldout tuned")
         logp = np.asarray(sequence_logp(sampled.old_token_logp, sampled.completion_mask))
         log_ratio, tuned_reward = logp - world.ref_logp(sampled, "score tuned"), np.asarray(sampled.reward)
         points["tuned"] = [evaluate.policy_point(config.method, tuned_reward, log_ratio)]

@@ -37,6 +37,7 @@ from tiltjax.train.objectives import (
 from tiltjax.train.sharding import batch_sharding, pmap_step, shard, sharded_step
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
+from tiltjax.train.streams import stream
 from tiltjax.types import Params
 
 __all__ = [
@@ -77,7 +78,7 @@ def adapters(world: World) -> tuple[Params, Params]:
     config = world.config
     if not config.lora_rank:
         return world.model, None
-    key = jax.random.fold_in(jax.random.key(config.seed), 4)
+    key = stream(config.seed, "adapters")
     return lora.partition(lora.add(key, world.model, rank=config.lora_rank), lora.is_adapter)
 
 
@@ -112,7 +113,7 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
         drawn = world.given.each(drawn)
     kernel = method_kernel(config.method, beta=config.beta)
     if config.method == "tilted_mle" and config.fit_candidates:
-        key = jax.random.fold_in(jax.random.key(config.seed), 6)
+        key = stream(config.seed, "resample")
         weights = tilt(jnp.asarray(drawn.reward), beta=config.beta).weights
         drawn = batches.select(drawn, np.asarray(resample(key, weights, num=config.fit_candidates)))
         kernel = method_kernel("sft", beta=config.beta)
@@ -258,17 +259,17 @@ def tune(world: World, drawn: Candidates) -> Transformer:
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)
     place = batch_sharding(world.mesh)
     rows, size = host_data(world, data, order)
-    stream = Stream(rows)
-    batch_of = lambda step: distributed.global_batch(stream(step), place, size)  # noqa: E731
+    loaded = Stream(rows)
+    batch_of = lambda step: distributed.global_batch(loaded(step), place, size)  # noqa: E731
     mapped = sharded_step(step, state, frozen, world.mesh) if config.mapping == "sharded" else pmap_step(step)
     read = frozen
     if config.mapping == "pmap":  # It maps over the devices of this host, and takes what is on them.
-        batch_of, state, read = stream, distributed.localize(state), distributed.localize(frozen)
+        batch_of, state, read = loaded, distributed.localize(state), distributed.localize(frozen)
     state = fit(
         state,
         batch_of,
         step_fn=mapped,
-        key=jax.random.fold_in(jax.random.key(config.seed), 3),
+        key=stream(config.seed, "fit"),
         num_steps=config.steps,
         directory=world.directory,
         frozen=read,

@@ -27,6 +27,7 @@ from tiltjax.train.metrics import Journal
 from tiltjax.train.policy import at_work, model_sample, model_view, with_critics
 from tiltjax.train.rollout import overlapped, whole_on_every_host
 from tiltjax.train.sharding import batch_sharding, shard, shardings
+from tiltjax.train.streams import generator, stream
 from tiltjax.types import Array, Bool, Int, Params, PRNGKey
 
 __all__ = ["improve"]
@@ -70,7 +71,7 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
         tqdm(total=count, initial=first, desc=config.method, unit="round", disable=silent) as bar,
     ):
         for r in range(first, count):
-            key, learn = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1000 + r))
+            key, learn = jax.random.split(jax.random.fold_in(stream(config.seed, "rounds"), r))
             drawn, told, draws = draw(at_work(players, record.sources, frozen=frozen), key, r)
             players, scalars = fit(players, drawn, told, learn)
             more = {"drawn_reward": _drawn_reward(told, drawn)} | ({"draws": draws} if record.resample else {})
@@ -183,7 +184,7 @@ def _drawing(
         good, seen, draws = _informative(told), set(rows.tolist()), 1
         while draws <= record.resample and not good.all() and len(seen) < config.num_prompts:
             left = np.setdiff1d(np.arange(config.num_prompts), list(seen))
-            left = np.random.default_rng([config.seed, step, draws]).permutation(left)[:B]
+            left = generator(config.seed, "redraw", step, draws).permutation(left)[:B]
             again = np.resize(left, B)
             more = end(again, begin(players, jax.random.fold_in(key, draws), again))
             drawn, told = _replaced((drawn, told), good, more, _informative(more[1]) & (np.arange(B) < len(left)))

@@ -28,6 +28,7 @@ from tiltjax.train.method import Method
 from tiltjax.train.methods import METHODS
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
 from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec
+from tiltjax.train.streams import stream
 
 __all__ = ["World", "prepare", "prompt_rows", "score_rows"]
 
@@ -64,8 +65,8 @@ class World:
         """Prompts scored at a time: those of ``sample_batch``, and up to what the devices can share."""
         return -(-self.config.sample_batch // self.places) * self.places
 
-    def rollout(self, split: str, model: Transformer, *, seed: int) -> tuple[Candidates, list[list[str]]]:
-        """N scored candidates of every prompt of a split, kept on disk once they are whole."""
+    def rollout(self, split: str, model: Transformer, *, name: str) -> tuple[Candidates, list[list[str]]]:
+        """N scored candidates of every prompt of a split, from the stream of that name; kept once they are whole."""
         config, rows = self.config, self.rows[split.partition("-")[0]]
         path = self.directory / "candidates" / f"{split}.npz"
         if distributed.agree(path.exists()):
@@ -74,7 +75,7 @@ class World:
         size = config.sample_batch * min(QUEUE, -(-len(rows) // config.sample_batch))
         everywhere = NamedSharding(self.mesh, PartitionSpec())  # The sampler then divides candidates.
         drawn = collect(
-            jax.random.fold_in(jax.random.key(config.seed), seed),
+            stream(config.seed, f"sample {name}"),
             model,
             self.encode(rows),
             sampler=self.sampler,

@@ -13,6 +13,7 @@ import optax
 from experiments.arena_world import World
 from tiltjax.train.method import Method
 from tiltjax.train.rounds import collect, fit, init_players
+from tiltjax.train.streams import stream
 from tiltjax.types import Array
 
 __all__ = ["MEASURES", "Budget", "fitted", "pair_laws", "run"]
@@ -136,7 +137,7 @@ def run(world: World, method: Method, budget: Budget) -> dict[str, Any]:
         return seen.reshape(C, -1)
 
     betas, owns = np.array(budget.betas, np.float32), optimum(world, method, budget.betas)
-    keys = jax.random.split(jax.random.key(world.config.seed + 1), budget.seeds)
+    keys = jax.random.split(stream(world.config.seed, "arena runs"), budget.seeds)
     used = np.array([method.own_beta(beta) for beta in budget.betas], np.float32)
     every = jax.vmap(jax.vmap(one, (None, None, None, 0)), (0, 0, 0, None))
     seen = np.asarray(jax.jit(every)(betas, used, owns, keys), np.float64)

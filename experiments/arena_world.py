@@ -22,6 +22,7 @@ from tiltjax.losses.game import geometric_mixture_logits
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
 from tiltjax.train.method import Feedback, Players, View
+from tiltjax.train.streams import root_key
 from tiltjax.types import Array
 
 __all__ = ["Space", "World", "WorldConfig", "make_space", "make_world"]
@@ -279,7 +280,7 @@ def make_world(config: WorldConfig, *, leaves: Sequence[np.ndarray] | None = Non
         mlp_features=2 * config.width, rotary_dim=config.width // 2, remat="none",
     )  # fmt: skip
     critic = {"kernel": jnp.zeros((config.width, 2)), "bias": jnp.zeros(2)}
-    params = {"model": Transformer(jax.random.key(config.seed), model_config), "critic": critic}
+    params = {"model": Transformer(root_key(config.seed), model_config), "critic": critic}
     blank = np.zeros((P, K), np.float32)
     world = World(config=config, space=space, prompt=prompt, params=params, corpus_logp=corpus, ref_logp=blank,
                   reward=blank, cost=blank, correct=blank > 0, answer=_answers(space))  # fmt: skip

@@ -48,6 +48,7 @@ from tiltjax.samplers.guidance import (
     soft_best_of_n_step,
 )
 from tiltjax.train.config import field, from_flags, load_config, output_field, save_config, seed_field
+from tiltjax.train.streams import root_key
 from tiltjax.types import Array
 
 __all__ = ["DigitsConfig", "exact_world", "learned", "run"]
@@ -111,7 +112,7 @@ def prepare(config: DigitsConfig, *, guided: bool = True, progress: bool = True)
         batch_size=sizes.batch_size, learning_rate=sizes.learning_rate, decay=sizes.ema, seed=sizes.seed,
         progress=progress,
     )  # fmt: skip
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    key = jax.random.fold_in(root_key(config.seed), 2)
     if not guided:
         return images, model, None
     return images, model, digits_world.fit_classifier(key, images, num_steps=20 if config.quick else 3000)
@@ -213,7 +214,7 @@ def run(config: DigitsConfig, *, progress: bool = True) -> dict[str, Any]:
     images, model, guide = prepare(config, guided=not config.quick, progress=progress)
     judge, seconds = Judge(images), {"training": time.process_time() - began}
     world = digits_world.pca_world(images)
-    root = jax.random.fold_in(jax.random.key(config.seed), 3)
+    root = jax.random.fold_in(root_key(config.seed), 3)
     label = np.repeat(np.arange(images.num_classes), sizes.per_class)
     many = np.repeat(np.arange(images.num_classes), 2 if config.quick else 100)
     rows: dict[str, dict[str, float]] = {}

@@ -26,6 +26,7 @@ from experiments.launch import program, run_program
 from experiments.theory.claims import FAILED, Claim, at_most, equal, holds
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train.config import field, from_flags, output_field, save_config, seed_field, write_text
+from tiltjax.train.streams import root_key
 
 __all__ = ["GuidanceConfig", "judge", "run"]
 
@@ -154,7 +155,7 @@ def run(config: GuidanceConfig) -> tuple[dict[str, Any], list[Claim]]:
     directory.mkdir(parents=True, exist_ok=True)
     save_config(config, directory / "config.json")
     num_steps, num_samples = (24, 1000) if config.quick else (config.num_steps, config.num_samples)
-    keys = jax.random.split(jax.random.key(config.seed), 4)
+    keys = jax.random.split(root_key(config.seed), 4)
     stages = {
         "gaussian": lambda: guidance_world.gaussian(keys[0], num_steps, num_samples),
         "finite": lambda: guidance_world.finite(keys[1], num_steps, num_samples),

@@ -43,6 +43,7 @@ from tiltjax.tilt.divergence import tilt_kl, tilted_reward
 from tiltjax.tilt.temperature import beta_for_kl
 from tiltjax.tilt.weights import tilt
 from tiltjax.train.config import field, from_flags, output_field, save_config, seed_field
+from tiltjax.train.streams import root_key
 from tiltjax.types import Array
 
 __all__ = ["RewardConfig", "run"]
@@ -208,7 +209,7 @@ def run(config: RewardConfig, *, progress: bool = True) -> dict[str, Any]:
     reward = stages.rewards(config.reward, guide)
     directory.mkdir(parents=True, exist_ok=True)
     save_config(config, directory / "config.json")
-    root = jax.random.key(config.seed)
+    root = root_key(config.seed)
     pool, _, _ = stages.chains(jax.random.fold_in(root, 0), ref, ref, n=sizes.pool, steps=sizes.sampling_steps)
     worth = reward(pool)
     results: dict[str, Any] = {"reward": config.reward, "points": [], "reference": summary(pool, worth, None)}

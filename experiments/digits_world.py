@@ -25,6 +25,7 @@ from tiltjax.train.average import averaged
 from tiltjax.train.loop import fit
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
+from tiltjax.train.streams import root_key
 from tiltjax.types import Array
 
 __all__ = [
@@ -146,7 +147,7 @@ def fit_denoiser(
     """Trains a denoiser, or goes on with what the directory holds; returns the average of its parameters."""
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, num_steps), num_steps + 1))
     tx = averaged(optax.chain(optax.clip_by_global_norm(1.0), optimizer), decay=decay)
-    root = jax.random.key(seed)
+    root = root_key(seed)
     state = init_state(Denoiser(jax.random.fold_in(root, 0), config), tx)
     order = epoch_batches(len(images.label), min(batch_size, len(images.label)), seed=seed)
 

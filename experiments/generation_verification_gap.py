@@ -36,6 +36,7 @@ from tiltjax.exact import gap
 from tiltjax.exact.tree import completions
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train.config import field, from_flags, output_field, save_config, seed_field
+from tiltjax.train.streams import root_key
 
 __all__ = ["GapConfig", "recipe_and_tasks", "run", "run_task", "twin"]
 
@@ -84,7 +85,7 @@ def run_task(task: Task, recipe: Recipe, seeds: range, tick: Callable[[], Any] =
       tick: Called after every stage.
     """
     began = time.time()
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), len(STAGES)))(jnp.array(seeds))
+    keys = jax.vmap(lambda key: jax.random.split(key, len(STAGES)))(jnp.stack([root_key(seed) for seed in seeds]))
     made: list[Any] = []
     for i, name in enumerate(STAGES):
         stage = getattr(gap_stages, name)

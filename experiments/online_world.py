@@ -107,7 +107,7 @@ def _gold(bench: Bench, texts: list[list[str]]) -> np.ndarray | None:
 def _read(bench: Bench, directory: pathlib.Path, method: str, policy: Transformer, played: int) -> Reading:
     """Samples, scores and keeps; what was kept is read, and the policy is not looked at."""
     world = _at(bench.world, directory, method)
-    drawn, texts = world.rollout(f"heldout-{played}", policy, seed=1)
+    drawn, texts = world.rollout(f"heldout-{played}", policy, name="heldout")
     reward = np.asarray(drawn.reward)
     log_ratio = np.zeros(reward.shape)
     if played:
@@ -115,7 +115,7 @@ def _read(bench: Bench, directory: pathlib.Path, method: str, policy: Transforme
         log_ratio = np.asarray(sequence_logp(drawn.old_token_logp, drawn.completion_mask) - referred.ref_logp)
     greedy = None
     if bench.greedy is not None:
-        best, _ = _at(bench.greedy, directory, method).rollout(f"heldout-greedy-{played}", policy, seed=1)
+        best, _ = _at(bench.greedy, directory, method).rollout(f"heldout-greedy-{played}", policy, name="heldout")
         greedy = np.asarray(best.reward)[:, 0]
     return Reading(
         round=played, reward=reward, texts=texts, gold=_gold(bench, texts), log_ratio=log_ratio, greedy=greedy
@@ -136,7 +136,7 @@ def reference(bench: Bench, *, draws: int) -> Reading:
     first = _read(bench, directory, "reference", bench.world.model, 0)
     world, parts = _at(bench.world, directory, "reference"), [(first.reward, first.texts)]
     for i in range(1, draws):
-        drawn, texts = world.rollout(f"heldout-0-{i}", bench.world.model, seed=10 + i)
+        drawn, texts = world.rollout(f"heldout-0-{i}", bench.world.model, name=f"heldout again {i}")
         parts.append((np.asarray(drawn.reward), texts))
     texts = [[completion for _, part in parts for completion in part[p]] for p in range(len(first.texts))]
     reward = np.concatenate([part for part, _ in parts], axis=1)

@@ -61,6 +61,7 @@ from tiltjax.train.reward_model import (
 from tiltjax.train.sharding import batch_sharding, parse_mesh, shard, sharded_step
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
+from tiltjax.train.streams import stream
 
 __all__ = ["RewardConfig", "evaluate", "kinds_of", "run", "train"]
 
@@ -216,7 +217,7 @@ def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) 
     """Fits a model of the kind; returns it with adapters merged."""
     backbone = world.model
     if config.lora_rank:
-        key = jax.random.fold_in(jax.random.key(config.seed), 4)
+        key = stream(config.seed, "reward adapters")
         backbone = lora.add(key, backbone, rank=config.lora_rank)
     model, frozen = new_model(spec, backbone), None
     if config.lora_rank:
@@ -232,7 +233,7 @@ def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) 
         state,
         lambda i: distributed.global_batch(_rows(data, order(i)[mine]), place, size),
         step_fn=sharded_step(step, state, frozen, world.mesh),
-        key=jax.random.fold_in(jax.random.key(config.seed), 3),
+        key=stream(config.seed, "reward fit"),
         num_steps=config.steps,
         directory=pathlib.Path(config.output) / spec.kind,
         frozen=frozen,

@@ -27,6 +27,7 @@ from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.learned_reward import encode, source_of
 from tiltjax.train.reward_model import WITH_MARGIN, Labelled, RewardSpec, step_ends
 from tiltjax.train.rollout import score_all
+from tiltjax.train.streams import generator
 
 __all__ = ["Compare", "Split", "drawn_split", "file_splits", "judge", "newline_tokens", "pairs_of"]
 
@@ -86,10 +87,10 @@ def drawn_split(
     Returns:
       The split, and how often the labels of comparisons agree with the sign of the gold reward's difference.
     """
-    drawn, texts = world.rollout(name, world.model, seed=("train", "heldout").index(name))
+    drawn, texts = world.rollout(name, world.model, name=name)
     prompts, templates = [row.prompt for row in world.rows[name]], [row.template for row in world.rows[name]]
     gold = np.asarray(drawn.reward, np.float64)
-    rng = np.random.default_rng([world.config.seed, len(name)])
+    rng = generator(world.config.seed, f"labels {name}")
     candidates = encode(world.tokenizer, prompts, texts, templates=templates)
     pair = pairs_of(*gold.shape, most=most, rng=rng)
     rows = np.arange(len(pair))[:, None]

@@ -304,7 +304,7 @@ def test_a_reward_that_fails_is_named(home, tmp_path, refused, compiled_once, re
 def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_path, compiled_once):
     """The reference's log-probabilities lie beside the candidates, and are those of no other reference or tokenizer."""
     world = align_world.prepare(AlignConfig(**settings(home, tmp_path, batch_size=8, sample_batch=8)), tmp_path)
-    drawn, _ = world.rollout("train", world.model, seed=0)
+    drawn, _ = world.rollout("train", world.model, name="train")
     scored = []
 
     def scorer(model, candidates):
@@ -343,7 +343,7 @@ def test_prompts_that_cannot_be_divided_give_the_same_candidates(home, tmp_path)
             held.append((out.completion.shape, out.completion.sharding.shard_shape(out.completion.shape)))
             return out
 
-        drawn, _ = dataclasses.replace(world, sampler=sampler).rollout("train", world.model, seed=0)
+        drawn, _ = dataclasses.replace(world, sampler=sampler).rollout("train", world.model, name="train")
         found[size] = drawn, world.ref_logp(drawn, "score")
     assert held == [((8, 8, 6), (1, 8, 6)), *[((4, 8, 6), (4, 1, 6))] * 2]
     for name in ("prompt", "completion", "completion_mask", "reward"):
@@ -355,7 +355,7 @@ def test_packed_rows_hold_what_counts_in_one_shape(home, tmp_path, compiled_once
     """Of each prompt the best candidate with weight 1, at every step in as many rows, which the devices divide."""
     options = settings(home, tmp_path, batch_size=8, sample_batch=8, method="best_of_n_sft", pack=True)
     world = align_world.prepare(AlignConfig(**options), tmp_path)
-    drawn, _ = world.rollout("train", world.model, seed=0)
+    drawn, _ = world.rollout("train", world.model, name="train")
     data, order, _ = align_fit.training_data(world, drawn)
     take, rows = align_fit.packed(world, data, order)
     best = np.asarray(drawn.reward).argmax(axis=1)

@@ -71,7 +71,7 @@ def drawn_one_at_a_time(config):
     """Candidates of the held-out prompts, of which too few are drawn at a time for every device to have one."""
     directory = pathlib.Path(f"{config.output}-one")
     world = prepare(dataclasses.replace(config, output=str(directory), sample_batch=1), directory)
-    world.rollout("heldout", world.model, seed=1)
+    world.rollout("heldout", world.model, name="heldout")
 
 
 def exchanged():
@@ -155,7 +155,7 @@ def gone_on(config):
     """Where the policy lies of a run that other hosts have begun and these go on with."""
     directory = pathlib.Path(f"{config.output}-taken-over")
     world = prepare(dataclasses.replace(config, output=str(directory)), directory)
-    model = tune(world, world.rollout("train", world.model, seed=0)[0])
+    model = tune(world, world.rollout("train", world.model, name="train")[0])
     pretrained.save(model, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
     return directory
 
