@@ -222,13 +222,13 @@ def test_only_learned_positions_end_at_a_table(family):
         ({"model_type": None}, "model_type must be one of .*got None"),
         ({"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map is set"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
-        ({"hidden_act": "quick_gelu"}, "activation must be one of .*got 'quick_gelu'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act must be one of .*got 'quick_gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type must be .*got 'yarn'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ between layers"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "the field 'factor' is missing from a llama"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "the field 'rope_parameters.factor' is missing from a llama"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 3}, "differs between layers"),
-        ({"num_key_value_heads": 2}, "num_kv_heads must divide num_heads=9, got 2"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads must divide num_attention_heads=9, got 2"),
     ],
 )
 def test_refuses(change, words):

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tiltjax.ops.checks import check_choice
+from tiltjax.models.fields import Fields
+from tiltjax.models.rope import read_rope, scaling_to_hf
+from tiltjax.ops.checks import check_at_least, check_choice
 
 __all__ = ["ATTENTION", "FAMILIES", "REMAT", "RUN_TIME", "TransformerConfig", "config_from_hf", "config_to_hf"]
 
@@ -88,6 +90,12 @@ class TransformerConfig:
         check_choice("attention", self.attention, ATTENTION)
         if self.family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {self.family!r}")
+        for size in ("vocab_size", "features", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_features"):
+            check_at_least(size, getattr(self, size), 1)
+        if self.rope_theta is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+            raise ValueError(
+                f"rotary_dim must be even and between 2 and head_dim={self.head_dim}, got {self.rotary_dim}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
 
@@ -115,110 +123,124 @@ def config_from_hf(hf: Mapping[str, Any]) -> TransformerConfig:
     for name in ("auto_map", "quantization_config"):
         if hf.get(name):
             raise ValueError(f"{name} is set: neither remote code nor quantised weights are supported")
-    try:
-        return {"gpt2": _from_gpt2, "gpt_neox": _from_neox}.get(family, _from_llama_like)(hf)
-    except KeyError as missing:
-        raise ValueError(f"the field {missing} is missing from a {family} configuration") from None
+    read = {"gpt2": _from_gpt2, "gpt_neox": _from_neox}.get(family, _from_llama_like)
+    return read(Fields(hf, f"a {family} configuration"), family)
 
 
 # Where a configuration leaves the length out, transformers means that of its family.
-_TRAINED_LENGTH = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_TRAINED_LENGTH = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768, "gpt_neox": 2048}
 
 
-def _from_llama_like(hf: Mapping[str, Any]) -> TransformerConfig:
-    family, heads = hf["model_type"], hf["num_attention_heads"]
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-    theta, scaling, fraction = _rope(hf)
+def _from_llama_like(hf: Fields, family: str) -> TransformerConfig:
+    width, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
+    head_dim = hf.integer("head_dim", None, null=True) or _head_dim("hidden_size", width, heads)
+    theta, scaling, fraction = read_rope(hf, 1.0)
     if fraction != 1:
         raise ValueError(f"partial_rotary_factor={fraction} of a {family} checkpoint is not supported")
-    kv_heads = hf.get("num_key_value_heads") if family == "llama" else hf["num_key_value_heads"]
-    bias = family in ("llama", "qwen3") and bool(hf.get("attention_bias", False))
+    optional: dict[str, Any] = {"default": None, "null": True} if family == "llama" else {}
+    kv_heads = hf.integer("num_key_value_heads", **optional) or heads
+    if heads % kv_heads:
+        raise ValueError(f"num_key_value_heads must divide num_attention_heads={heads}, got {kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim (by default hidden_size / num_attention_heads) must be even, got {head_dim}")
+    bias = family in ("llama", "qwen3") and hf.flag("attention_bias", False)
     return TransformerConfig(
         family=family,
-        vocab_size=hf["vocab_size"],
-        features=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
+        vocab_size=hf.integer("vocab_size"),
+        features=width,
+        num_layers=hf.integer("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=kv_heads or heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_features=hf["intermediate_size"],
+        mlp_features=hf.integer("intermediate_size"),
         norm="rms",
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        activation=_activation(hf.get("hidden_act", "silu")),
+        norm_eps=hf.positive("rms_norm_eps", 1e-6),
+        activation=_activation(hf, "hidden_act", "silu"),
         gated=True,
         qkv_bias=family == "qwen2" or bias,
         out_bias=bias,
-        mlp_bias=family == "llama" and bool(hf.get("mlp_bias", False)),
+        mlp_bias=family == "llama" and hf.flag("mlp_bias", False),
         qk_norm=family == "qwen3",
         rope_theta=theta,
         rotary_dim=head_dim,
         rope_scaling=scaling,
-        max_positions=hf.get("max_position_embeddings", _TRAINED_LENGTH[family]),
-        sliding_window=_window(hf),
-        tied=bool(hf.get("tie_word_embeddings", False)),
+        max_positions=hf.integer("max_position_embeddings", _TRAINED_LENGTH[family]),
+        sliding_window=_window(hf, family),
+        tied=hf.flag("tie_word_embeddings", False),
     )
 
 
-def _from_neox(hf: Mapping[str, Any]) -> TransformerConfig:
-    head_dim = hf["hidden_size"] // hf["num_attention_heads"]
-    theta, scaling, fraction = _rope(hf)
-    bias = bool(hf.get("attention_bias", True))
+def _from_neox(hf: Fields, family: str) -> TransformerConfig:
+    width, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
+    head_dim = _head_dim("hidden_size", width, heads)
+    theta, scaling, fraction = read_rope(hf, 0.25)
+    rotary_dim = int(head_dim * fraction)
+    if rotary_dim % 2 or rotary_dim == 0:
+        per_head = f"hidden_size / num_attention_heads = {head_dim}"
+        raise ValueError(f"rotary_pct must leave an even part of a head, {per_head}, got {fraction}")
+    bias = hf.flag("attention_bias", True)
     return TransformerConfig(
-        family="gpt_neox",
-        vocab_size=hf["vocab_size"],
-        features=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=hf["num_attention_heads"],
-        num_kv_heads=hf["num_attention_heads"],
+        family=family,
+        vocab_size=hf.integer("vocab_size"),
+        features=width,
+        num_layers=hf.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=heads,
         head_dim=head_dim,
-        mlp_features=hf["intermediate_size"],
+        mlp_features=hf.integer("intermediate_size"),
         norm="layer",
-        norm_eps=float(hf.get("layer_norm_eps", 1e-5)),
-        activation=_activation(hf.get("hidden_act", "gelu")),
+        norm_eps=hf.positive("layer_norm_eps", 1e-5),
+        activation=_activation(hf, "hidden_act", "gelu"),
         gated=False,
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=True,
         rope_theta=theta,
-        rotary_dim=int(head_dim * fraction),
+        rotary_dim=rotary_dim,
         rope_scaling=scaling,
-        max_positions=hf.get("max_position_embeddings", 2048),
-        parallel_residual=bool(hf.get("use_parallel_residual", True)),
-        tied=bool(hf.get("tie_word_embeddings", False)),
+        max_positions=hf.integer("max_position_embeddings", _TRAINED_LENGTH[family]),
+        parallel_residual=hf.flag("use_parallel_residual", True),
+        tied=hf.flag("tie_word_embeddings", False),
     )
 
 
-def _from_gpt2(hf: Mapping[str, Any]) -> TransformerConfig:
+def _from_gpt2(hf: Fields, family: str) -> TransformerConfig:
     settings = (
         ("scale_attn_weights", True),
         ("scale_attn_by_inverse_layer_idx", False),
         ("add_cross_attention", False),
     )
     for name, wanted in settings:
-        if bool(hf.get(name, wanted)) != wanted:
-            raise ValueError(f"{name}={hf[name]} of a GPT-2 checkpoint is not supported")
-    width = hf["n_embd"]
+        if hf.flag(name, wanted) != wanted:
+            raise ValueError(f"{name}={not wanted} of a GPT-2 checkpoint is not supported")
+    width, heads = hf.integer("n_embd"), hf.integer("n_head")
     return TransformerConfig(
-        family="gpt2",
-        vocab_size=hf["vocab_size"],
+        family=family,
+        vocab_size=hf.integer("vocab_size"),
         features=width,
-        num_layers=hf["n_layer"],
-        num_heads=hf["n_head"],
-        num_kv_heads=hf["n_head"],
-        head_dim=width // hf["n_head"],
-        mlp_features=hf.get("n_inner") or 4 * width,
+        num_layers=hf.integer("n_layer"),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=_head_dim("n_embd", width, heads),
+        mlp_features=hf.integer("n_inner", None, null=True) or 4 * width,
         norm="layer",
-        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
-        activation=_activation(hf.get("activation_function", "gelu_new")),
+        norm_eps=hf.positive("layer_norm_epsilon", 1e-5),
+        activation=_activation(hf, "activation_function", "gelu_new"),
         gated=False,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
         rope_theta=None,
         rotary_dim=0,
-        max_positions=hf.get("n_positions", 1024),
-        tied=bool(hf.get("tie_word_embeddings", True)),
+        max_positions=hf.integer("n_positions", 1024),
+        tied=hf.flag("tie_word_embeddings", True),
     )
+
+
+def _head_dim(field: str, width: int, heads: int) -> int:
+    if width < heads:
+        raise ValueError(f"{field} must be at least the number of heads, {heads}, got {width}")
+    return width // heads
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
@@ -275,7 +297,7 @@ def _to_rotary(config: TransformerConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "max_position_embeddings": config.max_positions,
         "hidden_act": _activation_to_hf(config.activation),
-        "rope_scaling": _scaling_to_hf(config.rope_scaling),
+        "rope_scaling": scaling_to_hf(config.rope_scaling),
     }
     if config.family == "gpt_neox":
         return common | {
@@ -305,10 +327,11 @@ _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "relu":
 _SYNONYMS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
 
 
-def _activation(name: str) -> str:
-    name = _SYNONYMS.get(name, name)
+def _activation(hf: Fields, field: str, default: str) -> str:
+    given = hf.text(field, default)
+    name = _SYNONYMS.get(given, given)
     if name not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join([*_ACTIVATIONS, *_SYNONYMS])}; got {name!r}")
+        raise ValueError(f"{field} must be one of {', '.join([*_ACTIVATIONS, *_SYNONYMS])}; got {given!r}")
     return _ACTIVATIONS[name]
 
 
@@ -316,52 +339,20 @@ def _activation_to_hf(name: str) -> str:
     return {v: k for k, v in _ACTIVATIONS.items()}[name]
 
 
-def _window(hf: Mapping[str, Any]) -> int | None:
+def _window(hf: Fields, family: str) -> int | None:
     """The sliding window, which must be the same in every layer; Qwen says per layer whether it applies."""
-    if hf["model_type"] == "llama":
+    if family == "llama":
         return None
-    if hf["model_type"] == "mistral":
-        return hf.get("sliding_window", 4096)
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    if window is None:
+    window = hf.integer("sliding_window", 4096, null=True)
+    if family == "mistral":
+        return window
+    first = hf.integer("max_window_layers", 28, least=0)
+    kinds = hf.texts("layer_types", None, null=True)
+    if not hf.flag("use_sliding_window", False) or window is None:
         return None
-    layers, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
-    kinds = hf.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if kinds is None:
+        layers = hf.integer("num_hidden_layers")
+        kinds = ["full_attention"] * (first > 0) + ["sliding_attention"] * (layers > first)
     if len(set(kinds)) > 1:
         raise ValueError("use_sliding_window=True: a window that differs between layers is not supported")
-    return window if kinds[0] == "sliding_attention" else None
-
-
-def _rope(hf: Mapping[str, Any]) -> tuple[float, tuple[Any, ...] | None, float]:
-    """Base, scaling and rotating fraction; transformers 5 keeps them in ``rope_parameters``."""
-    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError("rope_parameters that differ between layers are not supported")
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or hf.get("rotary_emb_base") or 10000.0
-    fraction = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or hf.get("rotary_pct")
-    if fraction is None:
-        fraction = 0.25 if hf["model_type"] == "gpt_neox" else 1.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return float(theta), None, fraction
-    if kind == "linear":
-        return float(theta), ("linear", float(rope["factor"])), fraction
-    if kind == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return float(theta), ("llama3", *(float(rope[k]) for k in keys)), fraction
-    raise ValueError(f"rope_type must be default, linear or llama3; got {kind!r}")
-
-
-def _scaling_to_hf(scaling: tuple[Any, ...] | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if scaling[0] == "linear":
-        return {"rope_type": "linear", "factor": scaling[1]}
-    _, factor, low, high, original = scaling
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": int(original),
-    }
+    return window if kinds and kinds[0] == "sliding_attention" else None
