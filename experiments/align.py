@@ -49,6 +49,7 @@ from tiltjax.tilt.temperature import beta_for_ess
 from tiltjax.train import distributed, evaluate
 from tiltjax.train.config import from_flags
 from tiltjax.train.distributed import Hosts
+from tiltjax.train.learned_reward import source_of
 from tiltjax.train.metrics import bootstrap_interval
 from tiltjax.train.streams import stream
 
@@ -79,7 +80,8 @@ def run(config: AlignConfig) -> dict[str, Any]:
     held_out, texts = world.rollout("heldout", world.model, name="heldout")
     results, samples = compare(world, held_out, texts, tuned)
     if config.method != "soft_best_of_n":
-        pretrained.save(tuned, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
+        source = source_of(config.policy)
+        pretrained.save(tuned, directory / "hf", source=source, tokenizer=world.tokenizer, overwrite=True)
     distributed.by_main(lambda: reporting.write(directory, config, results, samples, reward=reward, train=estimates))
     return results
 

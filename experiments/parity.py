@@ -143,7 +143,7 @@ def _smollm2(gguf: Path, scratch: Path, keep: Path | None) -> list[tuple[str, fl
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
     model = pretrained.load(gguf)
-    pretrained.save(model, scratch / "ours", tokenizer=load_tokenizer(gguf))
+    pretrained.save(model, scratch / "ours", source=gguf, tokenizer=load_tokenizer(gguf))
     written = transformers.AutoTokenizer.from_pretrained(scratch / "ours")
     wrong = sum(
         written(text, add_special_tokens=False)["input_ids"] != ids for text, ids in zip(PROMPTS, texts, strict=True)

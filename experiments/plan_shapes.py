@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 
-from tiltjax.models import pretrained
+from tiltjax.files import adapter_base, read_json, resolve
 from tiltjax.models.config import TransformerConfig, config_from_hf
 from tiltjax.models.gguf import read_gguf
-from tiltjax.models.tensor_files import read_json
 
 __all__ = ["SHAPES", "Shape", "StepFlops", "num_parameters", "policy_config", "step_flops"]
 
@@ -64,7 +63,9 @@ def policy_config(policy: str) -> TransformerConfig:
     if path.is_file() and path.suffix == ".json":
         hf = read_json(path)
     elif path.exists():
-        found = pretrained.resolve(path)
+        found = resolve(path)
+        if found.is_dir() and (base := adapter_base(found)) is not None:
+            found = resolve(base[0], revision=base[1])
         hf = read_gguf(found)[0] if found.suffix == ".gguf" else read_json(found / "config.json")
     else:
         raise ValueError(f"policy must be a local file or directory, or one of {', '.join(SHAPES)}; got {policy!r}")

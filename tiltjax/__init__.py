@@ -11,6 +11,7 @@ Subpackages load on first use, so ``import tiltjax`` costs nothing:
     exact       worlds small enough to know everything
     models      transformers with a shared-prompt attention; Hugging Face in and out
     data        prompts, pairs, candidates
+    files       where the files of a model lie
     rewards     text -> float
     train       one step, two ways to map it over devices
     ops         the mathematics below
@@ -20,7 +21,20 @@ import importlib
 from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["advantages", "data", "exact", "losses", "models", "ops", "rewards", "samplers", "tilt", "train", "types"]
+__all__ = [
+    "advantages",
+    "data",
+    "exact",
+    "files",
+    "losses",
+    "models",
+    "ops",
+    "rewards",
+    "samplers",
+    "tilt",
+    "train",
+    "types",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

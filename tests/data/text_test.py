@@ -162,43 +162,6 @@ class TestFingerprint:
 
 
 class TestLoad:
-    def test_folder(self, make_tokenizer, tmp_path):
-        make_tokenizer().save_pretrained(tmp_path)
-        for source in (tmp_path, str(tmp_path)):
-            tokenizer = lib.load_tokenizer(source)
-            assert lib.encode_prompts(tokenizer, ["hé", SKY]) == [list("hé".encode()), OPEN_SKY]
-            assert lib.encode_completions(tokenizer, [BLUE], prompts=[SKY]) == [[*b"It is blue.", EOS]]
-
-    def test_paths_that_lead_nowhere(self, tmp_path):
-        for source in (tmp_path / "none", "./none", "/none/such", "none/model.gguf"):
-            with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*none"):
-                lib.load_tokenizer(source)
-        with pytest.raises(ValueError, match=r"^\S*: no tokenizer could be loaded: [^\n]+$"):
-            lib.load_tokenizer(tmp_path)
-        (tmp_path / "notes.txt").write_text("no tokenizer")
-        with pytest.raises(ValueError, match=r"notes\.txt: not a GGUF file"):
-            lib.load_tokenizer(tmp_path / "notes.txt")
-
-    def test_hub_errors_are_one_line(self, monkeypatch):
-        from transformers import AutoTokenizer
-
-        def fail(name, **options):
-            raise OSError(f"{name} is not there {options}\nmore about it\nand more")
-
-        monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
-        with pytest.raises(ValueError, match=r"^a/b: no tokenizer .*: a/b is not there {'trust_remote_code': False}$"):
-            lib.load_tokenizer("a/b")
-
-    def test_a_repositorys_code_is_never_run(self, make_tokenizer, tmp_path):
-        make_tokenizer().save_pretrained(tmp_path)
-        sentinel = tmp_path / "ran"
-        (tmp_path / "custom.py").write_text(f"open({str(sentinel)!r}, 'w')\nclass Custom: pass\n")
-        config = '{"auto_map": {"AutoTokenizer": ["custom.Custom", "custom.Custom"]}, "tokenizer_class": "Custom"}'
-        (tmp_path / "tokenizer_config.json").write_text(config)
-        with pytest.raises(ValueError, match="no tokenizer could be loaded"):
-            lib.load_tokenizer(tmp_path)
-        assert not sentinel.exists()
-
     def test_importing_loads_nothing_heavy(self):
         code = (
             "import sys, tiltjax.data.text, tiltjax.data.datasets, tiltjax.data.candidates\n"

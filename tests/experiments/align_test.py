@@ -52,6 +52,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("align")
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(14))]
     save_policy(home / "policy", words)
+    (home / "policy/generation_config.json").write_text('{"eos_token_id": [0], "pad_token_id": 1}')
     rows = [{"prompt": " ".join(words[2 + i : 5 + i - i % 3])} for i in range(12)]
     rows[5]["prompt"] = " ".join(words[2:12] * 4)
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -145,6 +146,8 @@ def test_export_is_the_last_checkpoint(home, unbroken):
     assert min(moved) > 1e-3
     tokenizers = [text.load_tokenizer(folder) for folder in (home / "policy", directory / "hf")]
     assert text.tokenizer_fingerprint(tokenizers[0]) == text.tokenizer_fingerprint(tokenizers[1])
+    ends = [(folder / "generation_config.json").read_text() for folder in (home / "policy", directory / "hf")]
+    assert ends[0] == ends[1]
 
 
 def test_killed_three_times_it_ends_with_the_same_bytes(home, start, unbroken):

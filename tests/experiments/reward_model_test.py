@@ -35,6 +35,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("reward")
     words = ["<eos>", "<pad>", "A", "B", *(f"w{i}" for i in range(12))]
     save_policy(home / "policy", words)
+    (home / "policy/generation_config.json").write_text('{"eos_token_id": [0], "pad_token_id": 1}')
     rows = [{"prompt": " ".join(words[4 + i % 9 : 7 + i % 9 - i % 3 + i // 9])} for i in range(12)]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return home
@@ -72,6 +73,7 @@ def test_the_report_has_everything_of_every_kind(home, finished):
 def test_the_saved_model_is_the_reward_that_align_is_told(home, finished):
     """Texts read from disk score as in the run, centred, and every prompt's completions wherever they stand."""
     folder = home / "run" / "global" / "model"
+    assert (folder / "generation_config.json").read_text() == (home / "policy/generation_config.json").read_text()
     told = dataclasses.replace(finished[0].align(), reward=f"model:{folder}", output=str(home / "none"))
     world = align_world.prepare(told, home / "none")
     assert world.reward.fingerprint
@@ -98,6 +100,30 @@ def test_a_saved_preference_model_lets_the_completions_of_a_prompt_compete(home,
     assert np.ptp(groups, axis=1).min() > 0.1
     with pytest.raises(ValueError, match="give each at least 2"):
         rivals(["w1", "w2"], ["w3", "w4"])
+
+
+@pytest.mark.robustness(
+    "Checkpoints",
+    given="a reward model whose reward.json has a field of another type, or an unknown one",
+    outcome="refused with the path and the field before a model is read",
+)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kind": None}, "kind must be a text, got None"),
+        ({"kind": "local", "beta": "1"}, "beta must be a finite number above 0, got '1'"),
+        ({"kind": "global", "offset": float("nan")}, "offset must be a finite number, got nan"),
+        ({"kind": "global", "separators": 3}, "separators must be a list of integers, got 3"),
+        ({"kind": "process", "step_tokens": 1.5}, "step_tokens must be an integer .*, got 1.5"),
+        ({"kind": "global", "colour": 1}, "the field 'colour' is unknown"),
+        ({"beta": 1.0}, "the field 'kind' is missing"),
+        ({"kind": "best"}, "kind must be one of .*; got 'best'"),
+    ],
+)
+def test_a_damaged_meaning_is_refused(fields, words, tmp_path):
+    (tmp_path / "reward.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/reward.json: not a reward model \({words}"):
+        load_reward_model(tmp_path)
 
 
 def test_a_run_goes_on_with_another_kind_and_no_other_settings(home, finished, monkeypatch):

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def random_checkpoint(config, directory):
 def write_gguf(path, config, tensors, *, kind=gguf.GGMLQuantizationType.F32, **extra):
     """What the converter of llama.cpp does: other names, rotary pairs side by side in llama, quantised matrices."""
     family = config.family
-    writer = gguf.GGUFWriter(path, extra.pop("architecture", family))
+    writer = gguf.GGUFWriter(path, extra.pop("architecture", family), split_max_tensors=extra.pop("each", 0))
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.features)
@@ -129,13 +131,113 @@ def test_refuses(extra, words, tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.attn_qkv.weight", "model.layers.0.mlp.x_proj.weight"])
+@pytest.mark.parametrize("name", ["rope_freqs.bias", "blk.0.attn_qkv.weight", "model.layers.0.mlp.x_proj.weight"])
 def test_refuses_a_tensor_by_name(name, tmp_path):
     _, tensors = random_checkpoint(LLAMA, tmp_path / "hf")
     path = write_gguf(tmp_path / "model.gguf", LLAMA, tensors | {name: np.ones(8, np.float32)})
     shown = name.replace("model.layers.", "blk.")
     with pytest.raises(ValueError, match=f"^{path}: the tensor {shown} is not supported"):
         read_gguf(path)
+
+
+def llama3_factors(frequencies, *, low=1.0, high=4.0, factor=8.0, original=64):
+    """As the converter of llama.cpp writes them: by the wavelength."""
+    wavelength = 2 * np.pi / frequencies
+    smooth = (original / wavelength - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wavelength > original / low, factor, np.where(wavelength < original / high, 1.0, between))
+
+
+@pytest.mark.parametrize("original", [32, 64, 8192])
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_factors_of_rope_are_the_scaling_of_llama3(original, theta, tmp_path):
+    config = dataclasses.replace(LLAMA, rope_theta=theta)
+    _, tensors = random_checkpoint(config, tmp_path / "hf")
+    frequencies = theta ** (-np.arange(8) / 8)
+    factors = llama3_factors(frequencies, factor=32.0, original=original).astype(np.float32)
+    read = load(write_gguf(tmp_path / "model.gguf", config, tensors | {"rope_freqs.weight": factors})).config
+    if read.rope_scaling is None:
+        np.testing.assert_array_equal(factors, 1)
+        return
+    kind, factor, low, high, length = read.rope_scaling
+    assert kind == "llama3"
+    again = llama3_factors(frequencies, low=low, high=high, factor=factor, original=length)
+    np.testing.assert_allclose(again, factors, rtol=1e-4)
+
+
+@pytest.mark.robustness(
+    "Checkpoints",
+    given="a GGUF file whose rotary factors are of another scaling than Llama 3's",
+    outcome="refused with the file and the tensor",
+)
+@pytest.mark.parametrize(
+    ("factors", "extra", "words"),
+    [
+        (np.linspace(1, 9, 8), {}, "the factors of rope_freqs.weight are not those of Llama 3"),
+        (np.full(8, np.nan), {}, "the factors of rope_freqs.weight are not those of Llama 3"),
+        (np.ones(4), {}, "rope_freqs.weight needs 8 factors and no other scaling, has 4"),
+        (
+            np.ones(8),
+            {"add_rope_scaling_type": gguf.RopeScalingType.LINEAR, "add_rope_scaling_factor": 4.0},
+            "rope_freqs.weight needs 8 factors and no other scaling, has 8",
+        ),
+    ],
+)
+def test_factors_of_another_scaling(factors, extra, words, tmp_path):
+    _, tensors = random_checkpoint(LLAMA, tmp_path / "hf")
+    tensors["rope_freqs.weight"] = factors.astype(np.float32)
+    path = write_gguf(tmp_path / "model.gguf", LLAMA, tensors, **extra)
+    with pytest.raises(ValueError, match=f"^{path}: {words}"):
+        load(path)
+
+
+def test_the_end_of_a_turn_is_an_end_id(tmp_path):
+    _, tensors = random_checkpoint(LLAMA, tmp_path / "hf")
+    path = write_gguf(tmp_path / "model.gguf", LLAMA, tensors, add_eot_token_id=7)
+    assert read_gguf(path)[0]["eos_token_id"] == [2, 7]
+    save(load(path), tmp_path / "out", source=path)
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [2, 7]
+    path = write_gguf(tmp_path / "same.gguf", LLAMA, tensors, add_eot_token_id=2)
+    assert read_gguf(path)[0]["eos_token_id"] == 2
+
+
+@pytest.mark.robustness(
+    "Checkpoints",
+    given="a GGUF model split over several files",
+    outcome="all parts are read, whichever is named; a missing part is named",
+)
+def test_split_files_are_one_model(tmp_path):
+    model, tensors = random_checkpoint(LLAMA, tmp_path / "hf")
+    write_gguf(tmp_path / "model.gguf", LLAMA, tensors, each=10)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts] == [f"model-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    for part in parts:
+        read = load(part)
+        assert read.config == LLAMA
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), read, model)))
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(
+        ValueError, match=r"renamed.gguf: a part of 3, and its name does not end in -00001-of-00003.gguf"
+    ):
+        load(tmp_path / "renamed.gguf")
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00003.gguf: no such GGUF file, a part of model-00002"):
+        load(parts[1])
+
+
+@pytest.mark.robustness(
+    "Checkpoints",
+    given="a weight that is NaN in a GGUF file, quantised or not",
+    outcome="refused with file and tensor",
+)
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_weights_that_are_not_finite(kind, tmp_path):
+    _, tensors = random_checkpoint(QWEN2, tmp_path / "hf")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    tensors[name][3, 5] = np.nan
+    with np.errstate(all="ignore"):
+        path = write_gguf(tmp_path / "model.gguf", QWEN2, tensors, kind=gguf.GGMLQuantizationType[kind])
+    with pytest.raises(ValueError, match=f"^{path}: the tensor {name} is not finite"):
+        load(path)
 
 
 def test_missing_tensor_and_field(tmp_path):

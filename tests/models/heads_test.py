@@ -1,4 +1,5 @@
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ def test_it_lies_beside_the_backbone_and_comes_back(tmp_path):
         np.testing.assert_array_equal(a, b)
     names = {p.name for p in (tmp_path / "model").iterdir()}
     assert names == {"config.json", "model.safetensors", "reward_head.json", "reward_head.safetensors"}
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1
     tensors = tmp_path / "model" / "reward_head.safetensors"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-4])
@@ -91,6 +93,23 @@ def test_it_lies_beside_the_backbone_and_comes_back(tmp_path):
     tensors.write_bytes((tmp_path / "other" / "reward_head.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"'kernel': \(16, 3\)"):
         heads.load(tmp_path / "model")
+
+
+@pytest.mark.robustness(
+    "Checkpoints",
+    given="a reward model whose heads are not finite, or whose number of heads is no number",
+    outcome="refused with file and tensor or field",
+)
+def test_damaged_heads(tmp_path):
+    model = reward_model()
+    model.bias = nnx.Param(model.bias[...].at[1].set(jnp.nan))
+    heads.save(model, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"reward_head\.safetensors: the tensor bias is not finite"):
+        heads.load(tmp_path / "model")
+    for value in ("2", None, 0, [2]):
+        (tmp_path / "model/reward_head.json").write_text(json.dumps({"num_heads": value}))
+        with pytest.raises(ValueError, match=r"reward_head\.json: num_heads must be an integer between 1 .*, got"):
+            heads.load(tmp_path / "model")
 
 
 def test_the_rules_of_the_mesh_see_the_backbone_and_leave_the_heads_whole():

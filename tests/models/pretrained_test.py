@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
+from tiltjax.data.text import load_tokenizer
+from tiltjax.files import resolve
 from tiltjax.models import families, lora
 from tiltjax.models.config import FAMILIES, TransformerConfig
 from tiltjax.models.families import locate, parameter_path
-from tiltjax.models.pretrained import fingerprint, load, resolve, save
+from tiltjax.models.pretrained import fingerprint, load, save
 from tiltjax.models.tensor_files import FileSlice
 from tiltjax.models.transformer import Transformer
 
@@ -128,16 +130,14 @@ def test_names_without_the_base_prefix(tmp_path):
     chex.assert_trees_all_equal(load(directory), load(GOLDEN / "gpt2"))
 
 
-def test_warns_of_tensors_it_does_not_use(checkpoint, monkeypatch):
-    seen = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: seen.append(message % args))
+def test_warns_of_tensors_it_does_not_use(checkpoint, caplog):
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
     rewrite(checkpoint, lambda tensors: tensors | buffers)
     load(checkpoint)
-    assert seen == []
+    assert caplog.messages == []
     rewrite(checkpoint, lambda tensors: tensors | {"score.weight": np.zeros((1, 32), np.float32)})
     load(checkpoint)
-    assert seen == [f"{checkpoint}: 1 tensors are not used: score.weight"]
+    assert caplog.messages == [f"{checkpoint}: 1 tensors are not used: score.weight"]
 
 
 def test_adapters_are_merged_on_the_way_out(key, tmp_path):
@@ -179,8 +179,87 @@ def test_token_ids_and_tokenizer_files(checkpoint, tmp_path):
     assert written(source=checkpoint) == ([3, [7, 9], None], carried)
     assert (tmp_path / "out/tokenizer.json").read_text() == '"tokenizer.json"'
     assert written(tokenizer=Words()) == ([1, 2, None], {"tokenizer.json"})
-    assert written(tokenizer=Words(), source=checkpoint) == ([1, 2, None], {"tokenizer.json", "generation_config.json"})
+    both = written(tokenizer=Words(), source=checkpoint)
+    assert both == ([3, [7, 9], None], {"tokenizer.json", "generation_config.json"})
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+
+
+CASES = Path(__file__).parents[1] / "cases"
+
+
+@pytest.mark.robustness(
+    "Checkpoints",
+    given="a chat model whose turns end in another token than the tokenizer's EOS, tuned and exported",
+    outcome="the export keeps generation_config.json, every end id, the chat template and the tokenizer",
+)
+@pytest.mark.parametrize("own", [True, False], ids=["tokenizer", "files"])
+def test_an_export_ends_as_its_source_does(own, tmp_path):
+    source = CASES / "turn-end-token/policy"
+    save(load(source), tmp_path / "out", source=source, tokenizer=load_tokenizer(source) if own else None)
+    before, after = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "out"))
+    assert (before["eos_token_id"], after["eos_token_id"]) == (258, 258)
+    assert (tmp_path / "out/generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
+    ends = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (ends.eos_token_id, ends.pad_token_id, ends.temperature) == ([258, 256], 256, 0.7)
+    old, new = load_tokenizer(source), load_tokenizer(tmp_path / "out")
+    assert new.chat_template == old.chat_template
+    assert new.eos_token_id == old.eos_token_id == 256
+    hello = [{"role": "user", "content": "hello"}]
+    assert new.apply_chat_template(hello)["input_ids"] == old.apply_chat_template(hello)["input_ids"]
+
+
+def test_an_export_has_the_type_that_its_source_declares(checkpoint, tmp_path, caplog):
+    hf = json.loads((checkpoint / "config.json").read_text())
+    model = load(checkpoint)
+    for declared, wanted in (({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "float16"}, "float16"),
+                             ({}, "float32"), ({"dtype": "int4"}, "float32"), ({"dtype": 3}, "float32")):  # fmt: skip
+        rest = {k: v for k, v in hf.items() if k not in ("dtype", "torch_dtype")}
+        (checkpoint / "config.json").write_text(json.dumps(rest | declared))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            save(model, tmp_path / "out", source=checkpoint, overwrite=True)
+        assert load_file(tmp_path / "out/model.safetensors")["model.norm.weight"].dtype == jnp.dtype(wanted)
+        assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == wanted
+        assert any(f"written as {wanted}" in message for message in caplog.messages) == (wanted != "float32")
+    save(model, tmp_path / "out", source=checkpoint, dtype="bfloat16", overwrite=True)
+    assert load_file(tmp_path / "out/model.safetensors")["model.norm.weight"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_permissions_of_new_files(umask, tmp_path):
+    source = CASES / "turn-end-token/policy"
+    before = os.umask(umask)
+    try:
+        save(load(source), tmp_path / "out", tokenizer=load_tokenizer(source), source=source, max_shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert "model-00001-of-00003.safetensors" in modes
+    assert set(modes.values()) == {0o666 & ~umask}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.robustness(
+    "Numbers",
+    given="a checkpoint with a weight that is NaN or infinite, or overflows the type that was asked for",
+    outcome="refused with the tensor's name; such a model is not exported either",
+)
+def test_weights_that_are_not_finite(checkpoint, tmp_path):
+    case = CASES / "nan-checkpoint/policy"
+    tensor = "the tensor model.layers.0.mlp.down_proj.weight is not finite as float32"
+    with pytest.raises(ValueError, match=rf"^{case}: {tensor} \(1 of the 384 values read\)"):
+        load(case)
+    name = "model.layers.1.input_layernorm.weight"
+    model = load(checkpoint)
+    for value, dtype, words in ((np.inf, "float32", "float32"), (7e4, "float16", "float16"), (-np.inf, "bfloat16", "")):
+        rewrite(checkpoint, lambda tensors, x=value: tensors | {name: np.full_like(tensors[name], x)})
+        with pytest.raises(ValueError, match=f"^{checkpoint}: the tensor {name} is not finite as {words}"):
+            load(checkpoint, dtype=dtype)
+    model.blocks.mlp_norm.scale.set_value(model.blocks.mlp_norm.scale[...].at[1, 3].set(jnp.nan))
+    name = "model.layers.1.post_attention_layernorm.weight"
+    with pytest.raises(ValueError, match=f"the tensor {name} is not finite as float32; the model is not written"):
+        save(model, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
 
 def test_written_whole_or_not_at_all(checkpoint, tmp_path):
@@ -323,7 +402,7 @@ def test_index_that_names_a_file_which_is_not_there(checkpoint, file):
     ("text", "words"),
     [
         ("{", "config.json: not valid JSON"),
-        ("[]", "config.json: expected a JSON object"),
+        ("[]", "config.json: expected a JSON object, got a list"),
         ('{"model_type": "mamba"}', "config.json: model_type must be one of"),
         ('{"model_type": "llama", "auto_map": {"A": "b.C"}}', "config.json: auto_map is set"),
     ],
@@ -344,7 +423,7 @@ def test_options():
 def test_hub_id(monkeypatch):
     asked = []
 
-    def download(name, *, allow_patterns, ignore_patterns):
+    def download(name, *, revision, allow_patterns, ignore_patterns):
         asked.append((name, "config.json" in allow_patterns, any("bin" in p or "py" in p for p in allow_patterns)))
         return str(GOLDEN / "llama")
 

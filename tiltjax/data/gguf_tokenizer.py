@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from tiltjax.files import gguf_parts
+
 __all__ = ["PRE_TOKENIZERS", "PreTokenizer", "gguf_tokenizer"]
 
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -45,19 +47,21 @@ def gguf_tokenizer(path: str | os.PathLike) -> Any:
 
     Args:
       path: GGUF file with a byte-level BPE vocabulary (``tokenizer.ggml.model`` is ``gpt2``) whose pre-tokenizer is in
-        `PRE_TOKENIZERS`.
+        `PRE_TOKENIZERS`; any part of a split one.
 
     Returns:
       A Hugging Face tokenizer, with chat template, BOS, EOS, PAD and UNK as the file names them; its attribute
       ``model_ends`` has every id that the file names as an end: of a text, a turn or a message.
 
     Raises:
+      FileNotFoundError: If there is no such file, or a part is missing.
       ImportError: If the package ``gguf`` is not installed.
       ValueError: In one line, with the path: not a whole GGUF file, or a vocabulary or pre-tokenizer of another kind.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
+    path = gguf_parts(path)[0]
     facts = _read_metadata(path)
     kind, pre = facts.get("ggml.model"), facts.get("ggml.pre")
     if kind != "gpt2":

@@ -17,10 +17,10 @@ import numpy as np
 
 from tiltjax.data.chat import Conversation, Message, Segment, Text, added_turns, open_turn, prompt_text, render
 from tiltjax.data.continuation import decode_continuation, encode_continuation
-from tiltjax.data.gguf_tokenizer import gguf_tokenizer
 from tiltjax.data.limits import check_ids, check_positions
 from tiltjax.data.notes import warn_once
 from tiltjax.data.template import TODAY
+from tiltjax.data.tokenizer_files import load_tokenizer
 from tiltjax.types import Array, Bool, Int
 
 __all__ = [
@@ -48,40 +48,6 @@ _LOG = logging.getLogger(__name__)
 
 Tokenizer = Any
 """A Hugging Face tokenizer (`transformers.PreTrainedTokenizerBase`)."""
-
-
-def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
-    """Loads a tokenizer without running anyone's code and without writing a file of its own.
-
-    Args:
-      source: A folder with ``tokenizer.json``, a GGUF file, or the name of a model on the Hugging Face hub.
-
-    Returns:
-      A Hugging Face tokenizer that knows `end_ids`.
-
-    Raises:
-      FileNotFoundError: If a path leads nowhere.
-      ValueError: In one line, with the path or name: no tokenizer there, one that needs its own code, or a model whose
-        files name as an end what is no token id.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return gguf_tokenizer(path)
-    looks_like_path = (
-        isinstance(source, os.PathLike) or str(source).startswith((".", "/", "~")) or path.suffix == ".gguf"
-    )
-    if looks_like_path and not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {path}")
-    from transformers import AutoTokenizer
-
-    name = str(path) if path.is_dir() else str(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{name}: no tokenizer could be loaded: {reason}") from None
-    tokenizer.model_ends = tuple(end for file in _settings(name) for end in _ends_in(file))
-    return tokenizer
 
 
 def find_embedded_gguf() -> Path:
@@ -353,32 +319,3 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     facts = [sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template, rules]
     facts += [TODAY.isoformat()] if "strftime_now" in template else []
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _settings(name: str) -> list[Path]:
-    """The files beside a tokenizer that say what ends a completion of its model, as far as they are there."""
-    files = ("generation_config.json", "config.json")
-    if Path(name).is_dir():
-        return [Path(name) / file for file in files if (Path(name) / file).is_file()]
-    from transformers.utils import cached_file
-
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = [cached_file(name, file, **quiet) for file in files]
-    return [Path(file) for file in found if file is not None]
-
-
-def _ends_in(file: Path) -> list[int]:
-    """What ``eos_token_id`` says in a file of settings: none, one id or several; of a composed model, its text part."""
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{file}: not JSON") from None
-    if not isinstance(facts, dict):
-        raise ValueError(f"{file}: must hold a JSON object, got {type(facts).__name__}")
-    inner = facts.get("text_config")
-    said = facts.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
-    ends = said if isinstance(said, list) else [] if said is None else [said]
-    for end in ends:
-        if type(end) is not int or end < 0:
-            raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, got {said!r}")
-    return ends

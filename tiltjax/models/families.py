@@ -49,13 +49,15 @@ class Stored:
         for stored, local in self._pieces(index[-1]):
             where = (*index[:-1], stored)
             piece = tensor[where[::-1] if self.transposed else where]
-            out[..., local] = piece.T if self.transposed else piece
+            with np.errstate(over="ignore"):  # What overflows is infinite, and refused by name.
+                out[..., local] = piece.T if self.transposed else piece
 
     def write(self, parameter: np.ndarray, tensor: np.ndarray) -> None:
         """Copies the parameter of one layer to its place in ``tensor``."""
         view = tensor.T if self.transposed else tensor
         for stored, local in self._pieces(slice(0, parameter.shape[-1])):
-            view[..., stored] = parameter[..., local]
+            with np.errstate(over="ignore"):  # As in `read`.
+                view[..., stored] = parameter[..., local]
 
     def _pieces(self, out: slice) -> Iterator[tuple[slice, slice]]:
         """Contiguous runs of output features: where each stands in the tensor, and in the wanted slice."""

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from tiltjax.files import gguf_parts
 from tiltjax.models.families import BASE_PREFIX, FAMILY_TABLES
+from tiltjax.models.rope import scaling_from_factors, scaling_to_hf
 
 __all__ = ["QuantisedTensor", "read_gguf"]
 
@@ -24,6 +26,8 @@ _BLOCK = {
 }
 _WHOLE = {"token_embd": "embedding", "output_norm": "norm", "output": "head"}
 _ARCHITECTURES = ("llama", "qwen2")
+_ROPE_FACTORS = "rope_freqs.weight"
+"""How files carry the scaling of Llama 3: what every frequency is divided by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,12 @@ class QuantisedTensor:
     shape: tuple[int, ...]
     rotary_heads: int = 0
 
+    @classmethod
+    def of(cls, tensor: Any, rotary_heads: int = 0) -> "QuantisedTensor":
+        """From a tensor of a reader of the package gguf."""
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        return cls(raw=tensor.data, kind=tensor.tensor_type, shape=shape, rotary_heads=rotary_heads)
+
     def __getitem__(self, index: Any) -> np.ndarray:
         """Dequantises a slice to float32; ``[:]`` is the whole tensor."""
         from gguf.quants import dequantize
@@ -58,35 +68,41 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Quanti
     """Reads the header of a GGUF file.
 
     Args:
-      path: A ``.gguf`` file of the architecture llama (which Mistral models also bear) or qwen2.
+      path: A ``.gguf`` file of the architecture llama (which Mistral models also bear) or qwen2, or any part of a split
+        one.
 
     Returns:
-      ``(config, tensors)``: what the ``config.json`` would say, token ids included, and the tensors under their
-      Hugging Face names, dequantised when read.
+      ``(config, tensors)``: what the ``config.json`` would say, token ids included (the ends of a turn and of a message
+      among those of a text), and the tensors under their Hugging Face names, dequantised when read.
 
     Raises:
       ImportError: If the package gguf is not installed.
-      FileNotFoundError: If there is no such file.
+      FileNotFoundError: If there is no such file, or a part is missing.
       ValueError: If the file is broken, or its architecture or a setting is not supported; the message names it.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such GGUF file")
+    parts = gguf_parts(path)
     try:
         from gguf import GGUFReader
     except ImportError:
         raise ImportError(f"{path}: reading GGUF needs the package gguf: pip install 'tiltjax[gguf]'") from None
+    readers = []
+    for part in parts:
+        try:
+            readers.append(GGUFReader(os.fspath(part)))
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise ValueError(f"{part}: truncated or not a GGUF file ({error})") from error
+    fields, found = readers[0].fields, {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     try:
-        reader = GGUFReader(os.fspath(path))
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(f"{path}: truncated or not a GGUF file ({error})") from error
-    try:
-        config = _config(reader.fields, {tensor.name: tensor for tensor in reader.tensors})
-        return config, dict(_tensor(tensor, config) for tensor in reader.tensors)
+        if "split.count" in fields and (count := fields["split.count"].contents()) != len(parts):
+            raise ValueError(f"a part of {count}, and its name does not end in -00001-of-{count:05d}.gguf")
+        factors = found.pop(_ROPE_FACTORS, None)
+        config = _config(fields, found, None if factors is None else QuantisedTensor.of(factors)[:])
+        return config, dict(_tensor(tensor, config) for tensor in found.values())
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{parts[0]}: {error}") from error
 
 
-def _config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+def _config(fields: dict[str, Any], tensors: dict[str, Any], factors: np.ndarray | None) -> dict[str, Any]:
     def get(name, default=None):
         if name in fields:
             return fields[name].contents()
@@ -119,16 +135,21 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
         # The file holds a float32; the checkpoint it was made from had the short decimal.
         "rms_norm_eps": float(str(np.float32(get(f"{family}.attention.layer_norm_rms_epsilon")))),
         "rope_theta": get(f"{family}.rope.freq_base", 10000.0),
-        "rope_scaling": _scaling(get(f"{family}.rope.scaling.type", "none"), get, family),
         "vocab_size": int(embedding.shape[-1]),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": family == "llama" and "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
-        token = f"tokenizer.ggml.{key}_token_id"
-        config[f"{name}_token_id"] = get(token) if token in fields else None
-    return config
+    config["rope_scaling"] = _scaling(get(f"{family}.rope.scaling.type", "none"), get, family)
+    if factors is not None:
+        if config["rope_scaling"] is not None or len(factors) != head_dim // 2:
+            raise ValueError(f"{_ROPE_FACTORS} needs {head_dim // 2} factors and no other scaling, has {len(factors)}")
+        config["rope_scaling"] = scaling_to_hf(scaling_from_factors(factors, config["rope_theta"]))
+    tokens = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "padding")}
+    ids = {key: None if token is None else token.contents() for key, token in tokens.items()}
+    ends = list(dict.fromkeys(ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None))
+    config["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
+    return config | {"bos_token_id": ids["bos"], "pad_token_id": ids["padding"]}
 
 
 def _scaling(kind: str, get: Any, family: str) -> dict[str, Any] | None:
@@ -150,6 +171,4 @@ def _tensor(tensor: Any, config: dict[str, Any]) -> tuple[str, QuantisedTensor]:
     stored = table[module] if name[1] is None else table[f"blocks.{module}"].format(layer=name[1])
     prefix = "" if module == "head" else BASE_PREFIX[family]
     heads = {"query": config["num_attention_heads"], "key": config["num_key_value_heads"]} if family == "llama" else {}
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    values = QuantisedTensor(raw=tensor.data, kind=tensor.tensor_type, shape=shape, rotary_heads=heads.get(module, 0))
-    return f"{prefix}{stored}.{name[3]}", values
+    return f"{prefix}{stored}.{name[3]}", QuantisedTensor.of(tensor, rotary_heads=heads.get(module, 0))

@@ -15,10 +15,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from tiltjax.files import read_json, write_json
 from tiltjax.models import lora, pretrained
-from tiltjax.models.tensor_files import read_json, write_json
+from tiltjax.models.fields import Fields
+from tiltjax.models.tensor_files import write_tensors
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.checks import check_at_least
 from tiltjax.types import Array, Bool, Dtype, Float, Int
@@ -173,7 +175,7 @@ def save(
     if jax.process_index() == 0:
         folder = Path(directory)
         tensors = {name: np.asarray(getattr(model, name)[...]) for name in ("bias", "kernel")}
-        save_file(tensors, folder / f"{_TENSORS}.part")
+        write_tensors(folder / f"{_TENSORS}.part", tensors)
         os.replace(folder / f"{_TENSORS}.part", folder / _TENSORS)
         features, heads = tensors["kernel"].shape
         write_json(folder / _SHAPE, {"features": features, "num_heads": heads})
@@ -210,13 +212,18 @@ def load(
     except SafetensorError as error:
         raise ValueError(f"{folder / _TENSORS}: truncated or not a safetensors file ({error})") from None
     backbone = pretrained.load(folder, dtype=dtype, compute_dtype=compute_dtype, sharding=sharding)
-    heads = int(shape.get("num_heads", 0))
+    try:
+        heads = Fields(shape, "the heads").integer("num_heads")
+    except ValueError as error:
+        raise ValueError(f"{folder / _SHAPE}: {error}") from None
     wanted = {"bias": (heads,), "kernel": (backbone.config.features, heads)}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != wanted:
         raise ValueError(f"{folder / _TENSORS}: has tensors {found}, the model needs {wanted}")
     model = RewardModel(backbone, num_heads=heads)
     for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"{folder / _TENSORS}: the tensor {name} is not finite")
         place = None if sharding is None else sharding(name, value.shape)
         setattr(model, name, nnx.Param(jax.device_put(value, place)))
     return model

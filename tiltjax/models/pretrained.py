@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,34 +16,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
-from safetensors.numpy import save_file
 
+from tiltjax.files import TOKENIZER_FILES, write_json
 from tiltjax.models import lora
-from tiltjax.models.config import RUN_TIME, TransformerConfig, config_from_hf, config_to_hf
+from tiltjax.models.config import RUN_TIME, TransformerConfig, config_to_hf
 from tiltjax.models.families import BASE_PREFIX, Stored, TensorSource, locate, parameter_path
-from tiltjax.models.gguf import read_gguf
-from tiltjax.models.tensor_files import BUFFER, DTYPES, open_tensors, read_json, write_json
+from tiltjax.models.model_files import ModelFiles, open_model
+from tiltjax.models.tensor_files import BUFFER, DTYPES, write_tensors
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.checks import check_at_least, check_choice
 from tiltjax.types import Dtype
 
-__all__ = ["fingerprint", "load", "resolve", "save"]
+__all__ = ["fingerprint", "load", "save"]
 
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LOG = logging.getLogger(__name__)
 
 
 def load(
@@ -58,7 +46,8 @@ def load(
     """Reads a pretrained model; every device receives only its own slices, and no host holds the model twice.
 
     Args:
-      path: A Hugging Face directory (``config.json`` and safetensors), a ``.gguf`` file, or a hub id ``owner/name``.
+      path: A Hugging Face directory (``config.json`` and safetensors, or an adapter of PEFT, which is merged into the
+        base model that it names), a ``.gguf`` file (any part of a split one), or a hub id ``owner/name``.
       dtype: Of the parameters.
       compute_dtype: Operand type of the matrix products; None means ``dtype``.
       remat: See `tiltjax.models.config.TransformerConfig`.
@@ -71,19 +60,15 @@ def load(
 
     Raises:
       FileNotFoundError: If the directory, its ``config.json`` or its weights are missing.
-      ValueError: If the architecture is not supported, or a tensor is missing, truncated or of another shape.
+      ValueError: If the architecture is not supported, or a tensor is missing, truncated, of another shape or not
+        finite; the message names the file and the field or tensor.
       ImportError: If a GGUF file is given and the package gguf is not installed.
     """
     dtype = jnp.dtype(dtype)
     check_choice("dtype", dtype.name, set(DTYPES.values()))
     check_choice("compute_dtype", compute_dtype or dtype.name, set(DTYPES.values()))
-    where = resolve(path)
-    is_gguf = where.suffix == ".gguf"
-    hf, tensors = read_gguf(where) if is_gguf else (read_json(where / "config.json"), open_tensors(where))
-    try:
-        config = config_from_hf(hf)
-    except ValueError as error:
-        raise ValueError(f"{where if is_gguf else where / 'config.json'}: {error}") from None
+    files = open_model(path)
+    where, config, tensors = files.where, files.config, files.tensors
     how: dict[str, Any] = {"compute_dtype": compute_dtype or dtype.name, "remat": remat, "attention": attention}
     config = dataclasses.replace(config, **how)
     reader = _Reader(where, config, tensors, set())
@@ -94,7 +79,7 @@ def load(
     unused = [name for name in tensors if name not in reader.used and not BUFFER.search(name)]
     unused = [name for name in unused if not (config.tied and name == locate(config, "head").name)]
     if unused:
-        logging.warning("%s: %d tensors are not used: %s", where, len(unused), ", ".join(sorted(unused)[:5]))
+        _LOG.warning("%s: %d tensors are not used: %s", where, len(unused), ", ".join(sorted(unused)[:5]))
     return jax.tree_util.tree_unflatten(structure, leaves)
 
 
@@ -115,16 +100,19 @@ def save(
     Args:
       model: The model.
       directory: Where to; must not exist yet, or be empty.
-      source: What the model was loaded from: its token ids, chat template and tokenizer files are carried over (of a
-        GGUF file the token ids only).
-      tokenizer: An object with ``save_pretrained``, written instead of the tokenizer files of ``source``.
-      dtype: Of the tensors on disk; None keeps that of each parameter.
+      source: What the model was loaded from, such as `load` takes: its token ids (every end id of them),
+        generation_config.json, and chat template and tokenizer files are carried over (of a GGUF file the token ids
+        only), so that it generates, and stops, as before.
+      tokenizer: An object with ``save_pretrained``, written instead of the tokenizer files of ``source``; its token ids
+        count where ``source`` has none.
+      dtype: Of the tensors on disk; None takes that which the config.json of ``source`` declares, else keeps that of
+        each parameter.
       overwrite: Whether an existing model directory is replaced.
       max_shard_bytes: A larger model is split over several files with an index.
 
     Raises:
       FileExistsError: If ``directory`` holds something already (and, with ``overwrite``, something other than a model).
-      ValueError: If the family of the model cannot express its configuration.
+      ValueError: If the family of the model cannot express its configuration, or a parameter is not finite.
     """
     check_at_least("max_shard_bytes", max_shard_bytes, 1)
     target, writes = Path(directory), jax.process_index() == 0
@@ -134,7 +122,11 @@ def save(
         if not (target / "config.json").is_file():
             raise FileExistsError(f"{target}: is not a model directory and is not replaced")
     merged: Any = lora.merge(model)
-    hf = config_to_hf(model.config) | _token_ids(source, tokenizer)
+    files = None if source is None else open_model(source)
+    if dtype is None and files is not None and files.dtype in DTYPES.values():
+        dtype = files.dtype
+        _LOG.info("%s: written as %s, as %s is", target, dtype, files.where)
+    hf = config_to_hf(model.config) | _token_ids(files, tokenizer)
     hf["dtype"] = jnp.dtype(model.embedding.dtype if dtype is None else dtype).name
     plan = _plan(merged)
     shards = _shards(plan, dtype, max_shard_bytes)
@@ -147,11 +139,11 @@ def save(
             inside = temporary / "new"
             inside.mkdir()
             write_json(inside / "config.json", hf)
-            _write_tokenizer(inside, source, tokenizer)
+            _write_rest(inside, files, tokenizer)
         for file, names in shards.items():
             tensors = {name: _gather(plan[name], dtype) for name in names}
             if writes:
-                save_file(tensors, inside / file, metadata={"format": "pt"})
+                write_tensors(inside / file, tensors)
         if writes:
             if len(shards) > 1:
                 total = sum(_size(parts, dtype) for parts in plan.values())
@@ -190,36 +182,6 @@ def fingerprint(model: Transformer) -> str:
     return digest.hexdigest()[:16]
 
 
-def resolve(path: str | os.PathLike) -> Path:
-    """The local directory or ``.gguf`` file that ``path`` names; a hub id is downloaded (or found in its cache).
-
-    Args:
-      path: As for `load`.
-
-    Returns:
-      An existing path.
-
-    Raises:
-      FileNotFoundError: If there is nothing of that name.
-      ValueError: If it is a file of another kind.
-    """
-    local = Path(path)
-    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
-        return local
-    if local.exists():
-        raise ValueError(f"{path}: is neither a directory nor a .gguf file")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", os.fspath(path)) or local.suffix == ".gguf":
-        raise FileNotFoundError(f"{path}: no such directory or file")
-    from huggingface_hub import snapshot_download
-
-    files = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
-    try:
-        return Path(snapshot_download(os.fspath(path), allow_patterns=files, ignore_patterns=["*/*"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{path}: no such directory, and the Hugging Face hub answers: {reason}") from error
-
-
 @dataclasses.dataclass(frozen=True)
 class _Reader:
     """Builds parameters from the tensors of one checkpoint, remembering which it used."""
@@ -245,12 +207,19 @@ class _Reader:
                 layers = range(*ranges[0]) if layered else range(1)
                 for row, layer in zip(out if layered else [out], layers, strict=True):
                     stored.read(sources[layer], rest, row)
+                    self._check_finite(stored.name.format(layer=layer), row)
                 done[ranges] = out
             return done[ranges]
 
         if sharding is None:
             return jnp.asarray(read((slice(None),) * len(shape)))
         return jax.make_array_from_callback(shape, sharding(path, shape), read, dtype=dtype)
+
+    def _check_finite(self, name: str, value: np.ndarray) -> None:
+        """What a step would spread over the whole model; also what overflows the parameters' type."""
+        if not (finite := np.isfinite(value)).all():
+            count = f"{value.size - np.count_nonzero(finite)} of the {value.size} values read"
+            raise ValueError(f"{self.where}: the tensor {name} is not finite as {value.dtype} ({count})")
 
     def _source(self, stored: Stored, layer: int, parameter: tuple[int, ...]) -> TensorSource:
         full = stored.name.format(layer=layer)
@@ -264,25 +233,21 @@ class _Reader:
         return self.tensors[name]
 
 
-def _token_ids(source: str | os.PathLike | None, tokenizer: Any) -> dict[str, Any]:
-    """From the tokenizer, else from the source; null keeps transformers from making up a default."""
-    if tokenizer is not None:
-        return {name: getattr(tokenizer, name, None) for name in _TOKEN_IDS}
-    if source is None:
-        return dict.fromkeys(_TOKEN_IDS)
-    where = resolve(source)
-    hf = read_gguf(where)[0] if where.suffix == ".gguf" else read_json(where / "config.json")
-    return {name: hf.get(name) for name in _TOKEN_IDS}
+def _token_ids(source: ModelFiles | None, tokenizer: Any) -> dict[str, Any]:
+    """Those of the source, all end ids of them, else the tokenizer's; null keeps transformers from a default."""
+    named = {} if source is None else source.token_ids
+    ids = {name: named.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: getattr(tokenizer, name, None) if value is None else value for name, value in ids.items()}
 
 
-def _write_tokenizer(directory: Path, source: str | os.PathLike | None, tokenizer: Any) -> None:
-    where = None if source is None else resolve(source)
-    if where is not None and where.is_dir():
-        for name in TOKENIZER_FILES if tokenizer is None else ("generation_config.json",):
-            if (where / name).is_file():
-                shutil.copyfile(where / name, directory / name)
+def _write_rest(directory: Path, source: ModelFiles | None, tokenizer: Any) -> None:
+    """What generation needs, and the tokenizer: the given one, or the source's files."""
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    for name in ("generation_config.json", *(TOKENIZER_FILES if tokenizer is None else ())):
+        found = [folder / name for folder in (source.directories if source else ()) if (folder / name).is_file()]
+        if found:
+            shutil.copyfile(found[0], directory / name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,6 +303,9 @@ def _gather(parts: list[_Part], dtype: Dtype | None) -> np.ndarray:
     tensor = np.empty(stored.shape(shape), jnp.dtype(parts[0].leaf.dtype if dtype is None else dtype))
     for part in parts:
         part.stored.write(part.fetch(), tensor)
+    if not np.isfinite(tensor).all():
+        name = parts[0].stored.name.format(layer=parts[0].layer)
+        raise ValueError(f"the tensor {name} is not finite as {tensor.dtype}; the model is not written")
     return tensor
 
 

@@ -1,18 +1,20 @@
-"""Safetensors files as tensors that are read slice by slice, and the JSON files beside them."""
+"""Safetensors files: tensors that are read slice by slice, and their writing."""
 
 import dataclasses
-import json
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from tiltjax.files import read_json
 from tiltjax.models.families import TensorSource
 
-__all__ = ["BUFFER", "DTYPES", "FileSlice", "open_tensors", "read_json", "write_json"]
+__all__ = ["BUFFER", "DTYPES", "FileSlice", "open_file", "open_tensors", "write_tensors"]
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types of parameters: their names in safetensors, and in NumPy with ml_dtypes."""
@@ -55,21 +57,24 @@ def open_tensors(directory: Path) -> dict[str, TensorSource]:
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
-        return dict(_open_file(single))
+        return dict(open_file(single))
     if not index.is_file():
         pickled = [p.name for p in directory.glob("*.bin")]
         reason = f"only pickled weights ({pickled[0]}), which are not read" if pickled else "no model.safetensors"
         raise FileNotFoundError(f"{directory}: {reason}; save it with save_pretrained(..., safe_serialization=True)")
-    places = read_json(index).get("weight_map", {})
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{index}: weight_map must give the name of a file for every tensor")
     tensors: dict[str, TensorSource] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not (directory / file).is_file():
             raise FileNotFoundError(f"{index}: names the file {file}, which is not in the directory")
-        tensors |= {name: tensor for name, tensor in _open_file(directory / file) if places.get(name) == file}
+        tensors |= {name: tensor for name, tensor in open_file(directory / file) if places.get(name) == file}
     return tensors
 
 
-def _open_file(path: Path) -> Iterator[tuple[str, TensorSource]]:
+def open_file(path: Path) -> Iterator[tuple[str, TensorSource]]:
+    """The tensors of one file; as `open_tensors`."""
     try:
         handle = safe_open(path, "np")
     except SafetensorError as error:
@@ -81,19 +86,14 @@ def _open_file(path: Path) -> Iterator[tuple[str, TensorSource]]:
         yield name, FileSlice(handle, name, tuple(tensor.get_shape()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; errors are one line with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file, with the permissions that a new file has (safetensors leaves it to its owner).
 
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object with sorted keys."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    Args:
+      path: Where to.
+      tensors: By name.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)

@@ -17,9 +17,10 @@ from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
 from tiltjax.data.limits import check_positions, limit
+from tiltjax.files import read_json, write_json
 from tiltjax.models import heads, pretrained
+from tiltjax.models.fields import Fields
 from tiltjax.models.heads import RewardModel
-from tiltjax.models.tensor_files import read_json, write_json
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.reward_model import LIKELIHOOD, RewardSpec, make_reward
 from tiltjax.train.rollout import score_all
@@ -92,7 +93,13 @@ def source_of(policy: str) -> str | os.PathLike:
 
 
 def save_reward_model(
-    model: Any, spec: RewardSpec, directory: str | os.PathLike, *, tokenizer: Any, overwrite: bool = False
+    model: Any,
+    spec: RewardSpec,
+    directory: str | os.PathLike,
+    *,
+    tokenizer: Any,
+    source: str | os.PathLike | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes model, tokenizer and meaning; `load_reward_model` makes a reward of it.
 
@@ -101,6 +108,7 @@ def save_reward_model(
       spec: What it means.
       directory: Where to.
       tokenizer: Of the policy it was made from.
+      source: That policy, see `tiltjax.models.pretrained.save`.
       overwrite: Whether an existing model directory is replaced.
 
     Raises:
@@ -108,11 +116,11 @@ def save_reward_model(
     """
     digest = hashlib.sha256()
     if isinstance(model, RewardModel):
-        heads.save(model, directory, tokenizer=tokenizer, overwrite=overwrite)
+        heads.save(model, directory, source=source, tokenizer=tokenizer, overwrite=overwrite)
         digest.update(np.asarray(model.kernel[...]).tobytes() + np.asarray(model.bias[...]).tobytes())
         digest.update(pretrained.fingerprint(model.backbone).encode())
     else:
-        pretrained.save(model, directory, tokenizer=tokenizer, overwrite=overwrite)
+        pretrained.save(model, directory, source=source, tokenizer=tokenizer, overwrite=overwrite)
         digest.update(pretrained.fingerprint(model).encode())
     if jax.process_index() == 0:
         part = Path(directory) / f"{_FILE}.part"
@@ -193,10 +201,9 @@ def load_reward_model(
     """
     folder = Path(directory)
     facts = read_json(folder / _FILE)
-    fingerprint = facts.pop("fingerprint", "")
     try:
-        spec = RewardSpec(**{**facts, "separators": tuple(facts.get("separators", ()))})
-    except (TypeError, ValueError) as error:
+        spec, fingerprint = _read_spec(facts)
+    except ValueError as error:
         raise ValueError(f"{folder / _FILE}: not a reward model ({error})") from None
     options: dict[str, Any] = {"compute_dtype": compute_dtype or fast_dtype()}
     reader = pretrained.load if spec.kind in LIKELIHOOD else heads.load
@@ -206,5 +213,24 @@ def load_reward_model(
     for part in parts:
         limit(tokenizer, getattr(part, "backbone", part).config)
     reward = LearnedReward(model, reference, spec, tokenizer, batch_size=batch_size, name=f"model:{directory}")
+    facts.pop("fingerprint", None)
     reward.fingerprint = hashlib.sha256(json.dumps([fingerprint, facts], sort_keys=True).encode()).hexdigest()[:16]
     return reward
+
+
+def _read_spec(facts: dict[str, Any]) -> tuple[RewardSpec, str]:
+    """What a model means, and the name of its function."""
+    known = {field.name for field in dataclasses.fields(RewardSpec)}
+    if unknown := sorted(set(facts) - known - {"fingerprint"}):
+        raise ValueError(f"the field {unknown[0]!r} is unknown")
+    fields = Fields(facts, _FILE)
+    spec = RewardSpec(
+        kind=fields.text("kind"),
+        beta=fields.positive("beta", 1.0),
+        offset=fields.number("offset", 0.0),
+        reference=fields.text("reference", ""),
+        step_tokens=fields.integer("step_tokens", 0, least=0),
+        separators=tuple(fields.integers("separators", [])),
+        aggregate=fields.text("aggregate", "last"),
+    )
+    return spec, fields.text("fingerprint", "")
