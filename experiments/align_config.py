@@ -174,8 +174,8 @@ class AlignConfig:
     policy: str = field("smollm2", "Reference policy: smollm2, a Hugging Face directory or hub id, or a GGUF file.")
     reward: str = field(
         "sentiment",
-        "Reward: a shipped name (see tiltjax.rewards.registry), module:function, or model:<directory> of a model of "
-        "experiments.reward_model.",
+        "Reward: a shipped name (see tiltjax.rewards.registry), package.module:function or file.py:function, which is "
+        "run with your rights, or model:<directory> of a model of experiments.reward_model.",
     )
     prompts: str = field(
         "reviews",

@@ -47,6 +47,10 @@ def module(tmp_path, monkeypatch):
         "def no_reward(*, by):\n"
         "    return by\n"
         "number = 3\n"
+        "import functools, os\n"
+        "from os import system as shell\n"
+        "print = print\n"
+        "bound = functools.partial(lambda prompts, completions, by: [by * len(c) for c in completions], by=2.0)\n"
     )
     (tmp_path / "broken_rewards.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -84,10 +88,71 @@ class TestModules:
         with pytest.raises(ValueError, match=message):
             load_reward(spec)
 
+    @pytest.mark.robustness(
+        "Flags",
+        given="--reward=os:system, or another name of Python's own library",
+        outcome="refused, not imported",
+    )
+    @pytest.mark.parametrize(
+        "spec",
+        ["os:system", "subprocess:run", "builtins:print", "posix:system", "my_rewards:os.system", "my_rewards:shell",
+         "my_rewards:print"],
+    )  # fmt: skip
+    def test_pythons_own_library_is_no_reward(self, spec):
+        with pytest.raises(ValueError, match=r"Python's own library|goes through another module"):
+            load_reward(spec)
+
+    def test_a_partial_of_a_reward_is_one(self):
+        assert load_reward("my_rewards:bound")([""], ["abc"]) == [6.0]
+
+
+@pytest.fixture
+def lone(tmp_path, monkeypatch):
+    """A file of the current directory, which ``python -m`` puts first on the path."""
+    (tmp_path / "kind").mkdir()
+    (tmp_path / "kind" / "__init__.py").write_text("def f(prompts, completions):\n    return [1.0]\n")
+    (tmp_path / "lone_reward.py").write_text("print('it runs')\ndef f(prompts, completions):\n    return [2.0]\n")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.robustness(
+    "Flags",
+    given="--reward=name:f, where name.py lies in the current directory",
+    outcome="not run: name the file",
+)
+def test_a_file_is_run_where_it_is_named(lone, capsys, monkeypatch):
+    line = "lone_reward is a file of the current directory; name it, lone_reward.py:f\\?a=1"
+    with pytest.raises(ValueError, match=line):
+        load_reward("lone_reward:f?a=1")
+    assert capsys.readouterr().out == ""
+    for spec in ("lone_reward.py:f", "./lone_reward.py:f", f"{lone}/lone_reward.py:f"):
+        assert load_reward(spec)([""], [""]) == [2.0]
+    assert capsys.readouterr().out == "it runs\n"
+    assert load_reward("kind:f")([""], [""]) == [1.0]  # A package is named on purpose.
+    monkeypatch.setenv("PYTHONPATH", str(lone))
+    assert load_reward("lone_reward:f")([""], [""]) == [2.0]
+    for spec, message in (
+        ("absent.py:f", "file 'absent.py' cannot be imported: FileNotFoundError"),
+        ("leaving.py:f", "file 'leaving.py' cannot be imported: SystemExit"),
+        ("leaving:f", "module 'leaving' cannot be imported: SystemExit"),
+        ("lone_reward.py:g", "has no attribute 'g'"),
+        (".lone_reward:f", "cannot be imported"),
+        ("lone_reward.py:", "unknown reward"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_reward(spec)
+
 
 @pytest.mark.parametrize("spec", ["sentimant", "", "module:", ":function", "reasoning_gym", "?target=3"])
 def test_an_unknown_name_lists_the_known(spec):
-    known = "brevity, exact_match, imdb, length, math, rouge_l, sentiment, reasoning_gym:task, or module:attribute"
+    known = "brevity, exact_match, imdb, length, math, rouge_l, sentiment, reasoning_gym:task, package.module:attribute"
     with pytest.raises(ValueError, match=f"unknown reward .*; it must be one of {known}"):
         load_reward(spec)
 

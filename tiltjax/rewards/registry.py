@@ -4,8 +4,12 @@ A spec is ``name`` or ``name?option=value&option=value``, and a name is one of
 
 * a shipped reward: ``sentiment``, ``length?target=40``, ``exact_match``, ...;
 * ``reasoning_gym:task``, with the options of the task: ``reasoning_gym:chain_sum?min_terms=2&max_terms=3``;
-* ``module:attribute``, anything that can be imported: the attribute is the reward. With options it is what makes the
-  reward: ``my.rewards:parity?base=3`` is ``my.rewards.parity(base=3)``.
+* ``package.module:attribute`` or ``path/to/file.py:attribute``, which runs that code: the attribute is the reward. With
+  options it is what makes the reward: ``my.rewards:parity?base=3`` is ``my.rewards.parity(base=3)``.
+
+What is run is what was named on purpose. A lone file of the current directory counts by its path only
+(``rewards.py:f``, not ``rewards:f``, which would be whatever lies there), and nothing of Python's own library is a
+reward.
 
 A reward is called with two lists, ``(prompts, completions)``, and with columns of the prompt rows by the names of its
 further parameters; ``prompt`` among them is the whole conversation (`tiltjax.rewards.gate` says more):
@@ -16,13 +20,18 @@ further parameters; ``prompt`` among them is the whole conversation (`tiltjax.re
 A value is read as JSON (``3``, ``0.5``, ``true``, ``["+", "-"]``), and as plain text where it is no JSON.
 """
 
-import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
+import os
+import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from tiltjax.ops.checks import did_you_mean
 from tiltjax.rewards.extras import import_extra
 
 __all__ = ["SHIPPED", "load_reward", "parse_spec"]
@@ -39,10 +48,11 @@ SHIPPED: dict[str, tuple[str, str, str | None]] = {
 """Name of every shipped reward: its module, its attribute and the optional package it needs."""
 
 _PUZZLE = "reasoning_gym:"
+_FILE = ".py"
 
 
 def _known() -> str:
-    return f"{', '.join(sorted(SHIPPED))}, {_PUZZLE}task, or module:attribute"
+    return f"{', '.join(sorted(SHIPPED))}, {_PUZZLE}task, package.module:attribute, or file.py:attribute"
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -80,17 +90,73 @@ def _parse_options(spec: str, text: str) -> dict[str, Any]:
     return options
 
 
-def _import_attribute(spec: str, module_name: str, path: str) -> Any:
+def _split(name: str) -> tuple[str, str]:
+    """What is run, a module or a file, and the attribute; the second is empty where the name is neither."""
+    file, ends, path = name.rpartition(f"{_FILE}:")
+    if ends:
+        return f"{file}{_FILE}", path
+    module_name, _, path = name.partition(":")
+    return (module_name, path) if module_name else ("", "")
+
+
+def _import(spec: str, source: str) -> Any:
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
+        return _import_file(source) if source.endswith(_FILE) else importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        kind = "file" if source.endswith(_FILE) else "module"
         raise ValueError(
-            f"reward {spec!r}: module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
+            f"reward {spec!r}: {kind} {source!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
-    try:
-        return functools.reduce(getattr, path.split("."), module)
-    except AttributeError as error:
-        raise ValueError(f"reward {spec!r}: module {module_name!r} has no attribute {path!r}") from error
+
+
+def _import_file(source: str) -> Any:
+    path = pathlib.Path(source).expanduser().resolve(strict=True)
+    name = f"{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
+    if name not in sys.modules:
+        found = importlib.util.spec_from_file_location(name, path)
+        assert found is not None
+        assert found.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(found)  # Before it runs: dataclasses look it up.
+        try:
+            found.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _check_named_on_purpose(spec: str, source: str) -> None:
+    top, _, inner = source.partition(".")
+    if top in sys.stdlib_module_names:
+        raise ValueError(f"reward {spec!r}: {top} is Python's own library, which has no rewards")
+    found = None if inner or not top or top in sys.modules else importlib.util.find_spec(top)
+    if found is None or not found.origin or found.submodule_search_locations is not None:
+        return
+    here = pathlib.Path(found.origin).parent == pathlib.Path.cwd()
+    if here and not any(pathlib.Path(p).resolve() == pathlib.Path.cwd() for p in _python_path()):
+        raise ValueError(
+            f"reward {spec!r}: {top} is a file of the current directory; name it, "
+            f"{spec.replace(f'{top}:', f'{top}{_FILE}:', 1)}"
+        )
+
+
+def _python_path() -> list[str]:
+    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+
+
+def _attribute(spec: str, module: Any, source: str, path: str) -> Any:
+    value = module
+    for part in path.split("."):
+        try:
+            value = getattr(value, part)
+        except AttributeError as error:
+            raise ValueError(f"reward {spec!r}: module {source!r} has no attribute {path!r}") from error
+        if inspect.ismodule(value):
+            raise ValueError(f"reward {spec!r}: {path} goes through another module; name that one")
+    owner = getattr(value, "__module__", None) or ""
+    if (inspect.isroutine(value) or inspect.isclass(value)) and owner.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"reward {spec!r}: {path} is of Python's own library ({owner}), which has no rewards")
+    return value
 
 
 def _call_factory(spec: str, factory: Callable[..., Any], options: dict[str, Any]) -> Any:
@@ -116,7 +182,8 @@ def load_reward(spec: str) -> Callable[..., Any]:
 
     Raises:
       ValueError: If the name is unknown (the message lists the known ones), the module cannot be imported, it has no
-        such attribute, the attribute is no callable, or an option is malformed, unknown or refused.
+        such attribute, the attribute is no callable or of Python's own library, or an option is malformed, unknown or
+        refused.
       ImportError: If a shipped reward needs a package that is not installed.
 
     Example:
@@ -138,10 +205,13 @@ def load_reward(spec: str) -> Callable[..., Any]:
         if options:
             raise ValueError(f"reward {name!r} has no options; got {', '.join(sorted(options))}")
         return shipped
-    module_name, colon, path = name.partition(":")
-    if not (colon and module_name and path):
-        raise ValueError(f"unknown reward {name!r}; it must be one of {_known()}")
-    reward = _import_attribute(spec, module_name, path)
+    source, path = _split(name)
+    if not path:
+        hint = did_you_mean(name, list(SHIPPED))
+        raise ValueError(f"unknown reward {name!r}; it must be one of {_known()}{hint}")
+    if not source.endswith(_FILE):
+        _check_named_on_purpose(spec, source)
+    reward = _attribute(spec, _import(spec, source), source, path)
     if callable(reward) and options:
         reward = _call_factory(spec, reward, options)
     if not callable(reward):
