@@ -24,6 +24,7 @@ from tiltjax.rewards.registry import load_reward, parse_spec
 from tiltjax.train import distributed
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.learned_reward import load_reward_model
+from tiltjax.train.memory import Drawing, check_memory, memory_limit
 from tiltjax.train.method import Method
 from tiltjax.train.methods import METHODS
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
@@ -233,7 +234,17 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         sharding=lambda path, shape: NamedSharding(mesh, param_spec(path, shape, mesh)),
     )
     limit(tokenizer, model.config)
-    _encode(tokenizer, [*train, *held_out], config)  # What cannot be read is refused before anything is sampled.
+    # What cannot be read, or needs more memory than there is, is refused before anything is sampled.
+    longest = max(map(len, _encode(tokenizer, [*train, *held_out], config)))
+    drawing = Drawing(
+        num_prompts=config.num_prompts,
+        num_candidates=config.num_candidates,
+        sample_batch=min(config.sample_batch, config.num_prompts),
+        prompt_tokens=longest,
+        max_tokens=config.max_tokens,
+    )
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    check_memory(drawing, model.config, held=held, limit=memory_limit())
     given = load_given(config, record, train, tokenizer, texts)
     sampler = make_sampler(
         num_candidates=config.num_candidates,

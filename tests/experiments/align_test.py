@@ -227,6 +227,7 @@ def refused(capsys, monkeypatch):
         ({"prompts": "/no/such/prompts.jsonl"}, "/no/such/prompts.jsonl"),
         ({"num_prompts": 9}, "13 prompts are needed (training and held-out), the file has 12"),
         ({"mesh": "data:3"}, "3 places for 8 devices"),
+        ({"num_candidates": 10**10}, "num_candidates=10000000000 of max_tokens="),
         ({"batch_size": 4}, "batch_size must be a multiple of data x fsdp = 8, got 4"),
         ({"mesh": "data:4,fsdp:2", "mapping": "pmap"}, "mesh must put every device on data where mapping=pmap"),
         ({"mapping": "pmap", "microbatches": 2}, "microbatches must divide the 1 prompts of each device"),
