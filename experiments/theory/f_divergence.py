@@ -53,7 +53,7 @@ PAIRS = ordered_pairs(len(REF))
 def claims(fast: bool) -> Sequence[Claim]:
     """Judges every claim of this page."""
     del fast  # Everything here takes less than a second once compiled.
-    return [*_optimum(), *_outside(), *_pairs(), *_limits(), *_sparse(), *_diversity()]
+    return [*_optimum(), *_outside(), *_pairs(), *_limits(), *_sparse(), *_one_beta(), *_equal_reward()]
 
 
 @functools.lru_cache
@@ -206,19 +206,47 @@ def _entropy(policy) -> float:
 
 def _sweep(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean reward and entropy of the optimum under a uniform reference, along beta."""
-    policies = _tilts(uniform=True)[name][0][2:]
+    return _along(_tilts(uniform=True)[name][0])
+
+
+def _along(policies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    policies = policies[2:]
     return policies @ REWARD, np.array([_entropy(p) for p in np.maximum(policies, 1e-300)])
 
 
-def _diversity() -> list[Claim]:
+FORWARD, REVERSE = "forward KL", "reverse KL"
+
+
+def at_one_beta(ref: np.ndarray, beta: float) -> tuple[float, float, float, float]:
+    """Forward KL less reverse KL at one beta, both times ``beta^2``, and the limits of the two for a large beta.
+
+    Args:
+      ref: Of the standard rewards, ``[K]``.
+      beta: Strength.
+
+    Returns:
+      ``beta^2`` times the difference of the mean rewards; its limit, half of the third cumulant of the rewards; the
+      same of the entropies; its limit, minus half of the covariance of the squared deviation with log ref.
+    """
+    policies = {
+        name: np.asarray(found.weights[0]) for name, found in _all_tilts()(ref, np.full(len(BETAS), beta)).items()
+    }
+    deviation = REWARD - ref @ REWARD
+    square = deviation**2 - ref @ deviation**2
+    forward, reverse = policies[FORWARD], policies[REVERSE]
+    return (
+        float(beta**2 * (forward - reverse) @ REWARD),
+        float(ref @ deviation**3 / 2),
+        float(beta**2 * (_entropy(forward) - _entropy(reverse))),
+        float(-(ref * square) @ np.log(ref) / 2),
+    )
+
+
+def _one_beta() -> list[Claim]:
     here, small = ({name: policies[i] for name, (policies, _) in _tilts(uniform=False).items()} for i in (0, 1))
-    forward, reverse = "forward KL", "reverse KL"
-    levels = np.linspace(0.6, 0.95, 15)
-    at = {}
-    for name in SMOOTH:
-        mean, entropy = _sweep(name)
-        at[name] = np.interp(levels, mean[::-1], entropy[::-1])
-    excess = max(float(np.max(at[name] - at[reverse])) for name in SMOOTH if name != reverse)
+    forward, reverse = FORWARD, REVERSE
+    negative, far = at_one_beta(REF[::-1], 0.3), at_one_beta(REF, 20.0)
+    skewed, wide = at_one_beta(REF[::-1], 20.0), at_one_beta(REF, 1.0)
     return [
         holds("At one beta reverse KL earns the most reward", "E r of forward KL, beta 0.3", here[forward] @ REWARD,
               f"> {here[reverse] @ REWARD:.5g} (reverse KL)", here[forward] @ REWARD > here[reverse] @ REWARD,
@@ -231,9 +259,54 @@ def _diversity() -> list[Claim]:
               f"> {_entropy(small[reverse]):.5g} (reverse KL)",
               _entropy(small[forward]) > _entropy(small[reverse]) and small[forward] @ REWARD < small[reverse] @ REWARD,
               verdict="sharpened"),
-        holds("Another divergence buys diversity that reverse KL cannot",
+        holds("Unless beta is small, forward KL earns more at one beta, whatever the rewards",
+              "beta^2 (E r of forward KL - of reverse KL), beta 0.3, reference mirrored: negatively skewed rewards",
+              negative[0], "< 0", negative[0] < -1e-3, verdict="refuted"),
+        equal("At large beta forward KL earns more than reverse KL by the third cumulant of the rewards over 2 beta^2",
+              "beta^2 (E r of forward KL - of reverse KL), beta 20", far[0], far[1], rtol=0.05, verdict="sharpened"),
+        equal("... and less where that cumulant is negative",
+              "beta^2 (E r of forward KL - of reverse KL), beta 20, reference mirrored", skewed[0], skewed[1],
+              rtol=0.05, verdict="sharpened"),
+        holds("Unless beta is small, forward KL leaves less entropy at one beta",
+              "beta^2 (entropy of forward KL - of reverse KL), beta 1", wide[2], "> 0", wide[2] > 1e-3,
+              verdict="refuted"),
+        equal("At large beta the entropies differ by -Cov_ref((r - E r)^2, log ref) / 2 beta^2",
+              "beta^2 (entropy of forward KL - of reverse KL), beta 20", far[2], far[3], rtol=0.05,
+              verdict="sharpened"),
+    ]  # fmt: skip
+
+
+def entropy_gains(ref: np.ndarray) -> dict[str, np.ndarray]:
+    """Entropy of every divergence's optimum above that of the tilt of the same mean reward, nats.
+
+    Args:
+      ref: Of the standard rewards, ``[K]``.
+
+    Returns:
+      Name -> gains at fifteen levels of mean reward that every optimum reaches.
+    """
+    curves = {name: _along(np.asarray(found.weights)) for name, found in _all_tilts()(ref, BETAS).items()}
+    low, high = max(mean.min() for mean, _ in curves.values()), min(mean.max() for mean, _ in curves.values())
+    levels = np.linspace(low + 0.1 * (high - low), high - 0.1 * (high - low), 15)
+    at = {name: np.interp(levels, mean[::-1], entropy[::-1]) for name, (mean, entropy) in curves.items()}
+    return {name: values - at[REVERSE] for name, values in at.items() if name != REVERSE}
+
+
+def _equal_reward() -> list[Claim]:
+    excess = max(gains.max() for gains in entropy_gains(np.full(len(REF), 1 / len(REF))).values())
+    here = max(gains.max() for gains in entropy_gains(REF).values())
+    worlds = np.random.default_rng(0).dirichlet(np.ones(len(REF)), 60)
+    found = np.array([entropy_gains(ref)[FORWARD].max() for ref in worlds])
+    return [
+        holds("Another divergence buys diversity that reverse KL cannot: with a uniform reference",
               "largest entropy above reverse KL at equal E r, uniform reference", excess, "≤ 0", excess <= 0,
               verdict="refuted"),
+        holds("Another divergence buys diversity that reverse KL cannot: with another reference it may",
+              "largest entropy above reverse KL at equal E r, reference of the standard bandit", here, "> 0",
+              here > 0.01),
+        holds("With a random reference forward KL mostly has more entropy than the tilt at some mean reward",
+              "of 60 random references, by more than 0.001 nats", int((found > 1e-3).sum()), "> 30",
+              (found > 1e-3).sum() > 30, verdict="sharpened"),
         equal("At equal mean reward and a uniform reference the tilt has the largest entropy of all policies",
               "slope of its entropy, less its part along 1 and r", _residual(), 0, atol=1e-12, verdict="sharpened"),
     ]  # fmt: skip
@@ -286,9 +359,11 @@ sum to 1. The form with an outside normaliser, ref (f')^-1(r / beta) / Z, is rig
 divergences it depends on the origin of the rewards, is worth less, or is no distribution at all. f-DPO needs no
 normaliser, since lambda cancels in a difference of links, and learns the right optimum.
 
-Divergences other than reverse KL are reported to trade accuracy for diversity. At one beta that is true only where beta
-is small against the gaps between rewards, and the other way round above. At equal reward, and with a uniform reference,
-the tilt is the most diverse policy there is: entropy is bought with beta, not with f.
+Divergences other than reverse KL are reported to trade accuracy for diversity. At one beta that is true where beta is
+small against the gaps between rewards. Where beta is large, forward KL earns more than reverse KL if the rewards are
+skewed to the right under the reference (a few completions are much better) and less if they are skewed to the left. At
+equal reward the tilt is the policy nearest to the reference in KL, so with a uniform reference it is the most diverse
+one there is, and entropy is bought with beta, not with f; with another reference other divergences may have more.
 """,
     claims=claims,
     figures={"optima": draw_optima},

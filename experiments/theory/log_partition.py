@@ -2,8 +2,8 @@
 
     python -m experiments.theory.log_partition
 
-Expected: the bias is -chi2/2N and the variance chi2/N with the second orders of the table; refuted: the in-batch sum of
-VAR as an estimate of Z; about 20 seconds on two cores.
+Expected: the bias is -chi2/2N and the variance chi2/N with the second orders of the table; refuted: that the plain
+estimate errs least for one prompt, and the in-batch sum of VAR as an estimate of Z; about 20 seconds on two cores.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import special, stats
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
 from experiments.theory.soft_best_of_n import REF, REWARD
@@ -91,6 +92,54 @@ def _enumerated(beta: float, n: int) -> dict[str, tuple[float, float]]:
     return {name: (means[name], float(chance @ (x - means[name]) ** 2)) for name, x in values.items()}
 
 
+def _errors_by_counts(beta: float, n: int) -> dict[str, float]:
+    """Exact root mean square errors, by how often each arm of the standard bandit is drawn: for many candidates."""
+    w = np.asarray(bandit.tilted(REF, REWARD, beta=beta)) / REF
+    squares = np.zeros(len(ESTIMATORS))
+    for first, second in itertools.product(range(n + 1), repeat=2):
+        if (left := n - first - second) < 0:
+            continue
+        others = np.indices((left + 1,) * 3, np.int64).reshape(3, -1)
+        others = others[:, others.sum(0) <= left]
+        begun = np.broadcast_to([[first], [second]], (2, others.shape[1]))
+        counts = np.concatenate([begun, others, left - others.sum(0, keepdims=True)])
+        chance = np.exp(special.gammaln(n + 1) - special.gammaln(counts + 1).sum(0) + np.log(REF) @ counts)
+        total = w @ counts
+        plain = np.log(total / n)
+        without = np.log(np.maximum(total - w[:, None], 1e-300) / (n - 1))
+        jackknife = n * plain - (n - 1) / n * (counts * without).sum(0)
+        delta = plain + (w**2 @ counts / total**2 - 1 / n) / 2
+        squares += np.stack([plain, jackknife, delta]) ** 2 @ chance
+    return dict(zip(ESTIMATORS, np.sqrt(squares), strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def _estimates_of_two(reward, *, n):
+    """Every estimator on every number of draws of the second of two arms, ``[n + 1]`` each."""
+    drawn = reward[(jnp.arange(n)[None] < jnp.arange(n + 1)[:, None]).astype(int)]
+    return {name: estimator(drawn, beta=1.0) for name, estimator in ESTIMATORS.items()}
+
+
+def second_order_of_two(share: float, mass: float, *, n: int = 1024) -> tuple[float, float]:
+    """``N^2`` times the mean square error of plain less that of the jackknife, for two arms: exact, and its limit.
+
+    Args:
+      share: The reference's probability of the better arm.
+      mass: The tilt's.
+      n: Candidates.
+
+    Returns:
+      The number, and ``9 chi2^2 / 4 - m3``.
+    """
+    ref, target = np.array([1 - share, share]), np.array([1 - mass, mass])
+    w, count = target / ref, np.arange(n + 1)
+    seen = _estimates_of_two(jnp.asarray(np.log(w)), n=n)
+    chance = stats.binom.pmf(count, n, share)
+    mean_square = {name: chance @ np.asarray(x) ** 2 for name, x in seen.items()}
+    chi2, m3 = ref @ (w - 1) ** 2, ref @ (w - 1) ** 3
+    return float(n**2 * (mean_square["plain"] - mean_square["jackknife"])), float(9 * chi2**2 / 4 - m3)
+
+
 def _bias() -> list[Claim]:
     exact = [
         equal(f"The plain estimate is low (beta {beta:g}, N = {n})", "E log Z_N - log Z",
@@ -126,6 +175,9 @@ def _corrected() -> list[Claim]:
     delta = 16**2 * _enumerated(1.0, 16)["delta"][0]
     of_16 = _enumerated(0.2, 16)
     error = {name: np.hypot(mean, np.sqrt(variance)) for name, (mean, variance) in of_16.items()}
+    many = _errors_by_counts(0.2, 64)
+    same = max(abs(value - error[name]) for name, value in _errors_by_counts(0.2, 16).items())
+    rare, frequent = second_order_of_two(0.1, 0.25), second_order_of_two(0.1, 0.8)
     return [
         *out,
         equal("What the jackknife leaves is minus the second order of the plain bias",
@@ -135,9 +187,19 @@ def _corrected() -> list[Claim]:
               "N^2 bias of the delta correction, beta 1, N = 16", delta,
               0.75 * moments[0] ** 2 - moments[0] / 2 - 2 * moments[1] / 3, rtol=0.05, verdict="sharpened"),
         holds("A correction pays where many prompts are averaged: for one prompt the plain estimate errs least",
+              "root mean square error of plain, beta 0.2, N = 64", many["plain"],
+              f"> {many['delta']:.5g} (delta), {many['jackknife']:.5g} (jackknife)",
+              many["plain"] > many["delta"] > many["jackknife"] and same < 1e-12, verdict="refuted"),
+        holds("With few candidates the plain estimate errs least for one prompt",
               "root mean square error of plain, beta 0.2, N = 16", error["plain"],
               f"< {error['delta']:.5g} (delta), {error['jackknife']:.5g} (jackknife)",
               error["plain"] < error["delta"] < error["jackknife"], verdict="sharpened"),
+        equal("With many, the plain estimate errs less than the jackknife where m3 > 9 chi2^2 / 4",
+              "N^2 (square error of plain - of jackknife), two arms, ref .1, p* .25, N = 1,024", rare[0], rare[1],
+              rtol=0.02, verdict="sharpened"),
+        equal("... and more where m3 < 9 chi2^2 / 4, as where the tilt is mostly on one rare completion",
+              "N^2 (square error of plain - of jackknife), two arms, ref .1, p* .8, N = 1,024", frequent[0],
+              frequent[1], rtol=0.1, verdict="sharpened"),
     ]  # fmt: skip
 
 

@@ -28,8 +28,8 @@ K = V**H
 
 WIDTHS, DEPTHS, BETA = (1, 2, 4, 8, V ** (H - 1)), tuple(range(H)), 0.3
 
-BLOCK_N = 4
-"""Blocks drawn at a time."""
+BLOCK_N, MANY = 4, (4, 8, 16, 32, 256)
+"""Blocks drawn at a time, and at how many it is asked whether blocks pay."""
 
 SIMULATIONS, EXPLORATION, SEARCHES = (1, 10, 30, 100, 300, 1000, 3000), 4.0, 128
 
@@ -70,6 +70,10 @@ def _found() -> dict[str, Any]:
             out[f"{name}, block {block}"] = jnp.sum(law * reward, -1)
             if block == H:
                 out["apart"] = jnp.max(jnp.abs(law - whole), -1)
+        for n in MANY:
+            for block in (1, H):
+                law = tree.blockwise_best_of_n_law(ref, values["mean"], n=n, block=block)
+                out[f"{n} of block {block}"] = jnp.sum(law * reward, -1)
         out["cost"] = BETA * -jnp.log(jnp.take_along_axis(ref_law, jnp.argmax(reward, -1)[:, None], -1)[:, 0])
         return out
 
@@ -121,17 +125,23 @@ def _blocks() -> list[Claim]:
     f = _found()
     gains = {name: f[name] - f[f"mean, block {H}"] for name in ("mean, block 1", "mean, block 2", "max, block 1")}
     one, bold = gains["mean, block 1"], gains["max, block 1"]
+    by_n = [float((f[f"{n} of block 1"] - f[f"{n} of block {H}"]).mean()) for n in MANY]
     return [
         at_most("Blockwise best-of-n with one block is best-of-n", "largest error of a probability, n = 4",
                 f["apart"].max(), 1e-14),
         holds("At the same number of tokens blocks of one token by mean values beat best-of-n on average",
-              "mean gain in E r, blocks of 2, of 1", f"{gains['mean, block 2'].mean():.4f}, {one.mean():.4f}",
-              "growing from 0", 0 < gains["mean, block 2"].mean() < one.mean()),
+              f"mean gain in E r, n = {', '.join(map(str, MANY))}", " ".join(f"{x:.3f}" for x in by_n),
+              "falling below 0", by_n[0] > 0 > by_n[-1] and all(np.diff(by_n) < 0), verdict="refuted"),
+        holds(f"With few draws, n = {BLOCK_N}, blocks of one token by mean values beat best-of-n on average",
+              f"mean gain in E r, n = {BLOCK_N}, blocks of 2, of 1",
+              f"{gains['mean, block 2'].mean():.4f}, {one.mean():.4f}",
+              "growing from 0", 0 < gains["mean, block 2"].mean() < one.mean(), verdict="sharpened"),
         holds("Blocks by mean values do not gain in every tree: the largest mean can lead away from the best one",
-              "trees where blocks of one token gain, lose", f"{(one > 0).sum()}, {(one < 0).sum()}", "both above 0",
+              f"trees where blocks of one token gain, lose, n = {BLOCK_N}",
+              f"{(one > 0).sum()}, {(one < 0).sum()}", "both above 0",
               0 < (one < 0).sum() < TREES, verdict="sharpened"),
         holds("The largest reachable reward, exact for a beam, does not make blocks of random draws safe either",
-              "trees where blocks of one token gain, lose; mean gain",
+              f"trees where blocks of one token gain, lose, n = {BLOCK_N}; mean gain",
               f"{(bold > 0).sum()}, {(bold < 0).sum()}; {bold.mean():.4f}", "both above 0",
               0 < (bold < 0).sum() < TREES, verdict="sharpened"),
     ]  # fmt: skip
@@ -142,9 +152,17 @@ BETAS = 2.0 ** np.arange(-4, 9)
 
 @functools.lru_cache
 def _tilts() -> dict[str, np.ndarray]:
-    """Total variation to the tilt of the first tree, against `BETAS`, by mean and by soft values."""
-    (*ref,), reward = [level[0] for level in _trees()[0]], _trees()[1][0]
+    """`decoded` in the first tree."""
+    return decoded([level[0] for level in _trees()[0]], _trees()[1][0])
 
+
+def decoded(ref: list[np.ndarray], reward: np.ndarray) -> dict[str, np.ndarray]:
+    """Total variation to the tilt against `BETAS`, by mean and by soft values, and what it tends to."""
+    return {name: np.asarray(value) for name, value in _decoded()(ref, reward, BETAS).items()}
+
+
+@functools.lru_cache
+def _decoded() -> Callable[..., dict[str, Any]]:
     @jax.jit
     def compute(ref, reward, betas):
         mean = tree.mean_values(ref, reward)
@@ -166,7 +184,7 @@ def _tilts() -> dict[str, np.ndarray]:
         cold = jnp.exp(tree.sequence_logp(tree.tilted_policy(ref, mean, beta=1e-3))) @ reward
         return jax.vmap(away)(betas) | {"constant": constant, "greedy": greedy, "cold": cold}
 
-    return {name: np.asarray(value) for name, value in compute(ref, reward, BETAS).items()}
+    return compute
 
 
 def _decoding() -> list[Claim]:
@@ -178,7 +196,7 @@ def _decoding() -> list[Claim]:
               t["mean"][BETAS == 0.5][0], "not 0", t["mean"][BETAS == 0.5][0] > 0.05, verdict="refuted"),
         equal("Decoding by mean values is right to first order in 1 / beta: its distance falls as 1 / beta^2",
               "slope of log TV against log beta, 32 to 256", slope, -2, atol=0.02, verdict="sharpened"),
-        equal("The constant of that distance is E_ref |sum_t (v_t - E v_t)| / 4, v_t = Var_ref(r | y_<=t)",
+        equal("The constant of that distance is E_ref |sum_t (v_t - E[v_t | y_<t])| / 4, v_t = Var_ref(r | y_<=t)",
               f"beta^2 TV, beta {BETAS[-1]:g}", BETAS[-1] ** 2 * t["mean"][-1], t["constant"], rtol=0.02,
               verdict="sharpened"),
         at_most("Decoding by soft values is exact at every beta", "largest TV to the tilt, beta 1/16 to 256",
@@ -336,7 +354,8 @@ FAMILY = Family(
 Beam search, lookahead, blockwise best-of-n and tree search on trees of 81 completions, whose best completion is known.
 With the largest reachable reward as the value even greedy search is exact. A process reward model trained on roll-outs
 estimates the mean instead, and then breadth or depth must make up for it: on average they do, tree by tree a wider beam
-can be worse. Greedy search never returns less than the value of its root, which for soft values is beta log Z.
+can be worse. Greedy search never returns less than the value of its root, which for soft values is beta log Z. Blocks
+chosen by mean values beat whole completions while few are drawn; among many the best completion itself turns up.
 
 The same difference decides what controlled decoding samples. Tilting every token by soft values is the tilt of whole
 completions; by mean values it agrees with it to first order in 1 / beta, with a constant that is known.

@@ -1,3 +1,5 @@
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -144,6 +146,35 @@ def test_chain_ends_in_the_variance_of_weakened_guidance():
 
     for exponent, variance in ((3.0, 0.775), (guidance_weight_for(3.0, 2), 0.438)):
         assert abs(float(jnp.var(run(jax.random.key(1), exponent))) / variance - 1) < 0.16
+
+
+def test_few_steps_weigh_candidates_at_the_level_that_they_reach():
+    """Four coarse steps by quadrature: 0.376, where weights of the level that a step leaves would give 0.565."""
+    levels, exponent, draws = np.asarray(linear_schedule(4), float), 6.0, 20_000
+    grid = np.linspace(-9, 9, 601)
+    law = stats.norm.pdf(grid) / stats.norm.pdf(grid).sum()
+    for before, after in itertools.pairwise(levels[::-1]):
+        noise = np.sqrt(1 - before) * grid / (1 + before)
+        clean = (grid - np.sqrt(1 - before) * noise) / np.sqrt(before)
+        variance = (1 - after) / (1 - before) * (1 - before / after)
+        mean = np.sqrt(after) * clean + np.sqrt(1 - after - variance) * noise
+        if after == 1:
+            break
+        kernel = np.exp(-((grid - mean[:, None]) ** 2) / (2 * variance))
+        kernel /= kernel.sum(1, keepdims=True)
+        weight = -exponent * (1 - 1 / (1 + after)) * grid**2 / 2
+        win = 1 / (1 + np.exp(weight - weight[:, None]))
+        law = law @ (2 * kernel * (kernel @ win.T))
+
+    @jax.jit
+    def run(key):
+        start, key = jax.random.split(key)
+        x, weigh = jax.random.normal(start, (draws, 1)), lambda x, a: exponent * log_odds(x, a)
+        return soft_best_of_n_denoise(key, gaussian(2.0), x, linear_schedule(4), weigh, num_candidates=2)
+
+    expected = law @ mean**2 - (law @ mean) ** 2
+    assert expected == pytest.approx(0.3755, abs=1e-3)
+    assert float(jnp.var(run(jax.random.key(0)))) == pytest.approx(expected, rel=0.04)
 
 
 def test_bad_options_are_named():

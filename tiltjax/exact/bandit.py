@@ -89,6 +89,8 @@ def chi_squared(ref: _Probs, reward: _Probs, *, beta: _Beta) -> Float[Array, "*b
 class Expansion:
     """How soft best-of-N approaches the tilt: to leading order ``TV(P_N, p*) = tv / N``, and either KL is ``kl / N^2``.
 
+    On finitely many arms both constants are finite; `expansion` says what a law of infinitely many needs.
+
     Attributes:
       tv: ``C1 = E_p* |1 + chi2 - w| / 2``, ``[*batch]``.
       kl: ``C2 = Var_p*(w) / 2``, ``[*batch]``.
@@ -103,7 +105,9 @@ def expansion(ref: _Probs, reward: _Probs, *, beta: _Beta) -> Expansion:
 
     .. math:: \frac{P_N}{p^*} = 1 + \frac{1 + \chi^2 - w}{N} + O(N^{-2})
 
-    so total variation falls as ``1/N`` and KL as ``1/N^2``. No bound on the reward is needed, only a finite ``chi2``.
+    so total variation falls as ``1/N`` and KL as ``1/N^2``. No bound on the reward is needed, but moments are: total
+    variation takes a finite ``E_ref w^2 = 1 + chi2``, KL a finite ``E_ref w^3``, which ``C2`` contains. Where the tail
+    of ``w`` is Pareto's of index ``a`` between 2 and 3, KL falls as ``N^(1 - a)`` only.
 
     Args:
       ref: Probability of every arm, summing to 1.

@@ -106,7 +106,8 @@ def jackknife_log_partition(
     .. math:: N \log \hat Z - \frac{N-1}{N} \sum_i \log \hat Z_{-i}, \qquad
               \text{bias} = -\frac{m_3/3 - 3\chi^4/4}{N^2} + O(N^{-3})
 
-    Its variance is larger than the plain estimate's; under heavy tails (see `tiltjax.tilt.tails`) it does not help.
+    For one prompt its mean square error is larger than the plain estimate's where :math:`m_3 > 9 \chi^4/4` and smaller
+    elsewhere, to order ``N^-2``; under heavy tails (see `tiltjax.tilt.tails`) it does not help.
 
     Args:
       reward: Reward of every candidate, drawn from the reference, reward units.
