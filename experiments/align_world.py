@@ -162,11 +162,8 @@ def score_rows(reward: Any, rows: list, completions: list[list[str]], *, name: s
 
 
 def _encode(tokenizer: text.Tokenizer, rows: list, config: AlignConfig) -> list[list[int]]:
-    prompts, templates = [row.prompt for row in rows], [row.template for row in rows]
-    try:
-        return text.encode_prompts(tokenizer, prompts, templates=templates, max_tokens=config.max_tokens)
-    except ValueError as error:
-        raise ValueError(f"{config.prompts}: {error}") from None
+    options: dict[str, Any] = {"templates": [row.template for row in rows], "places": [row.place for row in rows]}
+    return text.encode_prompts(tokenizer, [row.prompt for row in rows], max_tokens=config.max_tokens, **options)
 
 
 def prompt_rows(source: str, wanted: int, *, seed: int, skip_bad: bool = False) -> list:

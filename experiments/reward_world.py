@@ -162,18 +162,19 @@ def file_splits(
     if len(rows) < held_out + 2:
         raise ValueError(f"{source}: {held_out + 2} rows are needed (2 to learn from), the file has {len(rows)}")
     rows = _without_held_out(source, rows, held_out)
-    prompts, templates = [row.prompt for row in rows], [row.template for row in rows]
+    prompts = [row.prompt for row in rows]
+    options: dict[str, Any] = {"templates": [row.template for row in rows], "places": [row.place for row in rows]}
     labels: dict[str, Any] = {}
     if spec.kind == "process":
         candidates, labels["step_label"] = _steps(tokenizer, rows)
         groups = [["".join(row.columns["completions"])] for row in rows]
     elif spec.kind == "outcome":
         groups = [[row.completion] for row in rows]
-        candidates = encode(tokenizer, prompts, groups, templates=templates)
+        candidates = encode(tokenizer, prompts, groups, **options)
         labels["label"] = np.array([[row.label] for row in rows])
     else:
         groups = [[row.chosen, row.rejected] for row in rows]
-        candidates = encode(tokenizer, prompts, groups, templates=templates)
+        candidates = encode(tokenizer, prompts, groups, **options)
         labels["pair"] = np.broadcast_to(np.array([[[0, 1]]]), (len(rows), 1, 2)).copy()
         labels["pair_where"] = np.full((len(rows), 1), True)
         labels["margin"] = _margin(source, spec, rows)

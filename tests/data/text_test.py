@@ -290,6 +290,9 @@ def test_an_id_beyond_the_vocabulary_is_refused(make_tokenizer):
     with pytest.raises(ValueError, match=f"completion 0 {re.escape(message)}"):
         lib.encode_completions(tokenizer, ["a<|turn|>"])
     assert lib.encode_completions(tokenizer, ["a"]) == [[*b"a", EOS]]
+    for encode, kind in ((lib.encode_prompts, "prompt"), (lib.encode_completions, "completion")):
+        with pytest.raises(ValueError, match=rf"^f\.jsonl:7: {kind} has the token"):
+            encode(tokenizer, ["a", "<|turn|>"], places=["f.jsonl:2", "f.jsonl:7"])
 
 
 @pytest.mark.robustness(
@@ -316,7 +319,7 @@ def test_a_length_beyond_training_is_warned_of_once(make_tokenizer, caplog):
     for _ in range(2):
         lib.encode_prompts(tokenizer, ["abc", "abcd", "abcde"], max_tokens=4)
     (record,) = caplog.records
-    assert record.getMessage().startswith("2 of 3 prompts take more than the 7 positions that the model was trained on")
+    assert record.getMessage().startswith("2 of 3 texts take more than the 7 positions that the model was trained on")
 
 
 @pytest.mark.robustness("Text", given="half of a surrogate pair in a text", outcome="refused with its place")

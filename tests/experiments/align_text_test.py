@@ -54,7 +54,7 @@ def reward_model(tmp_path_factory):
 )
 def test_a_prompt_with_a_token_beyond_the_policy_is_refused(tmp_path):
     config = settings("token-beyond-vocabulary")
-    message = r"prompts\.jsonl: prompt 0 has the token '<answer>' of id 264, but the model's vocab_size is 264$"
+    message = r"prompts\.jsonl:1: prompt has the token '<answer>' of id 264, but the model's vocab_size is 264$"
     with pytest.raises(ValueError, match=message):
         align_world.prepare(config, tmp_path)
 
@@ -137,7 +137,7 @@ def test_a_judge_reads_every_turn(conversations):
 
     world = types.SimpleNamespace(
         tokenizer=text.load_tokenizer(CASES / "policy"), rows={"train": conversations[:2]}, model=None,
-        config=settings("policy"), rollout=lambda name, model, seed: (drawn, [["a", "b"]] * 2),
+        config=settings("policy"), rollout=lambda *_, **__: (drawn, [["a", "b"]] * 2),
     )  # fmt: skip
     drawn = types.SimpleNamespace(reward=np.zeros((2, 2)))
     reward_world.drawn_split(world, "train", RewardSpec(kind="global"), scale=1.0, compare=compare)

@@ -51,16 +51,16 @@ def _limits(tokenizer: Any) -> Limits | None:
     return getattr(tokenizer, "model_limits", None)
 
 
-def check_positions(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
+def check_positions(tokenizer: Any, lengths: Sequence[int], names: Sequence[str]) -> None:
     """Refuses sequences longer than a model's learned positions, and warns of those longer than it was trained on.
 
     Args:
       tokenizer: Which knows the limits of its model, by `limit`; else nothing is checked.
       lengths: Tokens of every sequence: of a prompt together with what is to follow.
-      name: What they are, for messages.
+      names: What each is called in messages.
 
     Raises:
-      ValueError: With the place of the first one that is too long.
+      ValueError: With the name of the first one that is too long.
     """
     limits, sizes = _limits(tokenizer), np.asarray(lengths, int)
     if limits is None or not sizes.size:
@@ -68,33 +68,33 @@ def check_positions(tokenizer: Any, lengths: Sequence[int], name: str) -> None:
     table, trained = limits.position_table, limits.max_positions
     if table is not None and sizes.max() > table:
         i = int(np.argmax(sizes > table))
-        raise ValueError(f"{name} {i} takes {sizes[i]} positions, but the model has {table} learned ones")
+        raise ValueError(f"{names[i]} takes {sizes[i]} positions, but the model has {table} learned ones")
     if trained is not None and sizes.max() > trained:
         warn_once(
             _LOG,
-            f"{(sizes > trained).sum()} of {sizes.size} {name}s take more than the {trained} positions that the model "
+            f"{(sizes > trained).sum()} of {sizes.size} texts take more than the {trained} positions that the model "
             f"was trained on, at most {sizes.max()}: expect little sense beyond",
         )
 
 
-def check_ids(tokenizer: Any, encoded: Sequence[Sequence[int]], name: str) -> None:
+def check_ids(tokenizer: Any, encoded: Sequence[Sequence[int]], names: Sequence[str]) -> None:
     """Refuses ids beyond the vocabulary of a model.
 
     Args:
       tokenizer: Which knows the limits of its model, by `limit`; else nothing is checked.
       encoded: Token ids of every text.
-      name: What they are, for messages.
+      names: What each is called in messages.
 
     Raises:
-      ValueError: With the place, the token, its id and the size of the vocabulary.
+      ValueError: With the name, the token, its id and the size of the vocabulary.
     """
     limits = _limits(tokenizer)
     if limits is None:
         return
-    for i, ids in enumerate(encoded):
+    for name, ids in zip(names, encoded, strict=True):
         if ids and max(ids) >= limits.vocab_size:
             beyond = next(token for token in ids if token >= limits.vocab_size)
             raise ValueError(
-                f"{name} {i} has the token {tokenizer.convert_ids_to_tokens(beyond)!r} of id {beyond}, but the model's "
+                f"{name} has the token {tokenizer.convert_ids_to_tokens(beyond)!r} of id {beyond}, but the model's "
                 f"vocab_size is {limits.vocab_size}"
             )

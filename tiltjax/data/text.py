@@ -124,6 +124,7 @@ def encode_prompts(
     prompts: Sequence[Text],
     *,
     templates: Sequence[Mapping[str, Any]] | None = None,
+    places: Sequence[str] | None = None,
     max_tokens: int = 0,
 ) -> list[list[int]]:
     """Token ids of every prompt.
@@ -136,6 +137,7 @@ def encode_prompts(
       tokenizer: From `load_tokenizer`.
       prompts: B texts or conversations.
       templates: What the chat template is given beside the messages of each, such as ``tools``: `Row.template`.
+      places: Where each was read, file and line, for messages: `Row.place`.
       max_tokens: How many tokens are to follow a prompt, for the check of positions.
 
     Returns:
@@ -146,14 +148,14 @@ def encode_prompts(
         template refuses; or has an id or a position beyond the limits of the model (`limit`).
     """
     _check_number("templates", templates, "prompts", len(prompts))
-    texts = []
+    names, texts = _names("prompt", len(prompts), places), []
     for i, prompt in enumerate(prompts):
         options = None if templates is None else templates[i]
         unread = [name for name, value in (options or {}).items() if value is not None and isinstance(prompt, str)]
         if unread:
             warn_once(_LOG, f"prompts that are texts go through no chat template: {', '.join(unread)} are not read")
-        texts.append(prompt if isinstance(prompt, str) else open_turn(tokenizer, prompt, f"prompt {i}", options))
-    _check_text(texts, "prompt")
+        texts.append(prompt if isinstance(prompt, str) else open_turn(tokenizer, prompt, names[i], options))
+    _check_text(texts, names)
     bos = tokenizer.bos_token_id
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
     begins = bos is not None and tokenizer.encode("")[:1] == [bos]
@@ -161,9 +163,9 @@ def encode_prompts(
         if isinstance(prompt, str) and bos is not None and ids[:1] != [bos] and (begins or prompt == ""):
             ids.insert(0, bos)
         if not ids:
-            raise ValueError(f"prompt {i} encodes to no token: {prompt!r}")
-    check_ids(tokenizer, encoded, "prompt")
-    check_positions(tokenizer, [len(ids) + max_tokens for ids in encoded], "prompt")
+            raise ValueError(f"{names[i]} encodes to no token: {prompt!r}")
+    check_ids(tokenizer, encoded, names)
+    check_positions(tokenizer, [len(ids) + max_tokens for ids in encoded], names)
     return encoded
 
 
@@ -173,10 +175,13 @@ def encode_completions(
     *,
     prompts: Sequence[Text] | None = None,
     templates: Sequence[Mapping[str, Any]] | None = None,
+    places: Sequence[str] | None = None,
     eos: bool = True,
 ) -> list[list[int]]:
     """Token ids of every completion, ending in one of `end_ids`: those of `encode_completions_masked`."""
-    return encode_completions_masked(tokenizer, completions, prompts=prompts, templates=templates, eos=eos)[0]
+    return encode_completions_masked(
+        tokenizer, completions, prompts=prompts, templates=templates, places=places, eos=eos
+    )[0]
 
 
 def encode_completions_masked(
@@ -185,6 +190,7 @@ def encode_completions_masked(
     *,
     prompts: Sequence[Text] | None = None,
     templates: Sequence[Mapping[str, Any]] | None = None,
+    places: Sequence[str] | None = None,
     eos: bool = True,
 ) -> tuple[list[list[int]], list[list[bool]]]:
     """Token ids of every completion, ending in one of `end_ids`, and which of them are the assistant's.
@@ -199,6 +205,7 @@ def encode_completions_masked(
       completions: Texts or conversations.
       prompts: The prompt of every completion; needed for conversations only.
       templates: As for `encode_prompts`.
+      places: Likewise.
       eos: Whether an end is written where a completion has none; False leaves it open, for one that was cut short.
 
     Returns:
@@ -211,6 +218,7 @@ def encode_completions_masked(
     """
     _check_number("prompts", prompts, "completions", len(completions))
     _check_number("templates", templates, "completions", len(completions))
+    names = _names("completion", len(completions), places)
     ends, of_text, of_turn = end_ids(tokenizer), eos_id(tokenizer), _turn_end(tokenizer)
     flat: list[tuple[int, str, bool]] = []
     last: list[int | None] = []
@@ -222,12 +230,12 @@ def encode_completions_masked(
             segments = [(completion, True)]
             last.append(usual)
         else:
-            segments = added_turns(tokenizer, prompt, completion, f"completion {i}", options)
+            segments = added_turns(tokenizer, prompt, completion, names[i], options)
             bare, written = _ending(tokenizer, segments[-1][0])
             segments[-1] = (bare, segments[-1][1])
             last.append(None if not segments[-1][1] else usual if written is None else written)
         flat += [(i, part, said) for part, said in segments]
-    _check_text([part for _, part, _ in flat], "completion", [i for i, _, _ in flat])
+    _check_text([part for _, part, _ in flat], [names[i] for i, _, _ in flat])
     encoded: list[list[int]] = [[] for _ in completions]
     masks: list[list[bool]] = [[] for _ in completions]
     for (i, _, said), ids in zip(flat, encode_continuation(tokenizer, [part for _, part, _ in flat]), strict=True):
@@ -237,8 +245,8 @@ def encode_completions_masked(
         if eos and end is not None and not set(ids[-1:]) & set(ends):
             ids.append(end)
             mask.append(True)
-    check_ids(tokenizer, encoded, "completion")
-    check_positions(tokenizer, [len(ids) for ids in encoded], "completion")
+    check_ids(tokenizer, encoded, names)
+    check_positions(tokenizer, [len(ids) for ids in encoded], names)
     return encoded, masks
 
 
@@ -247,15 +255,21 @@ def _check_number(name: str, values: Sequence[Any] | None, others: str, wanted: 
         raise ValueError(f"{name} must be as many as {others} ({wanted}), got {len(values)}")
 
 
-def _check_text(texts: Sequence[str], name: str, places: Sequence[int] | None = None) -> None:
+def _names(kind: str, num: int, places: Sequence[str] | None) -> list[str]:
+    """What each text is called in messages: by where it was read, else by its number."""
+    _check_number("places", places, f"{kind}s", num)
+    read = [""] * num if places is None else places
+    return [f"{place}: {kind}" if place else f"{kind} {i}" for i, place in enumerate(read)]
+
+
+def _check_text(texts: Sequence[str], names: Sequence[str]) -> None:
     """Refuses what no encoder reads: half of a surrogate pair, which JSON can hold."""
-    for i, one in enumerate(texts):
+    for name, one in zip(names, texts, strict=True):
         try:
             one.encode()
         except UnicodeEncodeError as error:
-            place = i if places is None else places[i]
             raise ValueError(
-                f"{name} {place} is no valid text: half of a surrogate pair, {one[error.start]!r}, after "
+                f"{name} is no valid text: half of a surrogate pair, {one[error.start]!r}, after "
                 f"{one[max(0, error.start - 20) : error.start]!r}"
             ) from None
 

@@ -37,6 +37,7 @@ def encode(
     completions: Sequence[Sequence[text.Text]],
     *,
     templates: Sequence[Mapping[str, Any]] | None = None,
+    places: Sequence[str] | None = None,
 ) -> Candidates:
     """Texts as a reward model reads them: every completion is encoded anew and ends in EOS, however it was written.
 
@@ -45,6 +46,7 @@ def encode(
       prompts: B texts or conversations.
       completions: Of every prompt.
       templates: What the chat template is given beside the messages of every prompt, such as tools: `Row.template`.
+      places: Where every prompt was read, for messages: `Row.place`.
 
     Returns:
       `Candidates` of NumPy arrays.
@@ -54,12 +56,17 @@ def encode(
     """
     which = [i for i, group in enumerate(completions) for _ in group]
     options: dict[str, Any] = {"prompts": [prompts[i] for i in which]}
-    options["templates"] = None if templates is None else [templates[i] for i in which]
+    for name, values in (("templates", templates), ("places", places)):
+        options[name] = None if values is None else [values[i] for i in which]
     flat, told = text.encode_completions_masked(tokenizer, [c for group in completions for c in group], **options)
     ends = np.cumsum([len(group) for group in completions]).tolist()
     cut = lambda x: [x[end - len(group) : end] for end, group in zip(ends, completions, strict=True)]  # noqa: E731
-    asked = text.encode_prompts(tokenizer, prompts, templates=templates)
-    check_positions(tokenizer, [len(asked[i]) + len(ids) for i, ids in zip(which, flat, strict=True)], "completion")
+    asked = text.encode_prompts(tokenizer, prompts, templates=templates, places=places)
+    sizes = [len(asked[i]) + len(ids) for i, ids in zip(which, flat, strict=True)]
+    names = [
+        f"prompt {i} with a completion" if places is None else f"{places[i]}: prompt and completion" for i in which
+    ]
+    check_positions(tokenizer, sizes, names)
     return batches.from_tokens(asked, cut(flat), pad_id=text.pad_id(tokenizer), loss_mask=cut(told))
 
 
