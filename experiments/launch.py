@@ -17,7 +17,12 @@ from tiltjax.ops.checks import did_you_mean
 from tiltjax.train.config import define_flags, load_config
 from tiltjax.train.hardware import CACHE, compilation_cache, return_memory_after_compiling
 
-__all__ = ["check_run", "command", "parse", "prepare_process", "program", "run_program"]
+__all__ = ["check_run", "command", "one_line", "parse", "prepare_process", "program", "run_program"]
+
+flags.disclaim_key_flags()  # A program's --help lists its own flags, which `run_program` defines.
+
+_LONGEST_WORD = 300
+"""Characters of a word of an error, such as a path."""
 
 
 def run_program(main: Callable[[list[str]], None], *config_classes: type) -> None:
@@ -66,8 +71,21 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
     return [name]
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, in one line, with words that no one reads to their end cut.
+
+    Args:
+      error: Any.
+
+    Returns:
+      Text without line breaks.
+    """
+    words = str(error).split()
+    return " ".join(word if len(word) <= _LONGEST_WORD else f"{word[:80]}..." for word in words)
+
+
 def _refuse(error: Exception) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 

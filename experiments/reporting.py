@@ -17,7 +17,7 @@ from tiltjax.tilt.weights import tilt
 from tiltjax.train.config import write_text
 from tiltjax.train.evaluate import Point, PromptEstimates
 
-__all__ = ["COLOURS", "STYLE", "write"]
+__all__ = ["COLOURS", "STYLE", "frontier_table", "verdict", "write"]
 
 COLOURS = {
     "reference": "#000000",
@@ -67,7 +67,7 @@ def write(
     table = frontier_table(results)
     write_text(directory / "report.md", _report(config, results, samples, table, train))
     print("\n" + table + "\n")
-    print(_verdict(config, results))
+    print(verdict(results))
     print(f"\nreport: {directory / 'report.md'}")
 
 
@@ -141,10 +141,11 @@ def _bars(interval: Any) -> np.ndarray:
     return np.array([[interval.mean - interval.low], [interval.high - interval.mean]])
 
 
-def _verdict(config: Any, results: dict) -> str:
+def verdict(results: dict) -> str:
+    """What the run says about the optimum and the tuned policy, one sentence a line."""
     lines = [
-        f"At beta = {config.report_beta:g}, beta log Z = {results['optimum']}: the best value of reward - beta KL that "
-        "any policy can reach."
+        f"At beta = {results['report_beta']:g}, beta log Z = {results['optimum']}: the best value of reward - beta KL "
+        "that any policy can reach."
     ]
     if "improvement" in results:
         gain = results["improvement"]
@@ -163,7 +164,7 @@ def _report(config: Any, results: dict, samples: list[dict], table: str, train: 
         f"Settings: {results['settings']}.",
         "## Held-out prompts",
         table,
-        _verdict(config, results),
+        verdict(results),
         "Intervals are 95% bootstrap intervals over prompts. Soft best-of-N is evaluated by its exact finite-N law, "
         "with the observed candidates of each prompt as the reference; best-of-N by the unbiased expected maximum, at "
         "the KL log N - (N-1)/N that holds without ties; the tilt by self-normalised importance weights, with the 1/N "

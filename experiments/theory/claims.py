@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import matplotlib as mpl
+from absl import flags
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,6 +35,8 @@ __all__ = [
     "show",
     "table",
 ]
+
+flags.disclaim_key_flags()  # The flags of `main` belong to the family that is run.
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito (2008): safe for colour-blind readers. Theory is drawn as lines, computation as markers."""

@@ -185,7 +185,7 @@ def test_an_existing_run_is_not_overwritten_and_help_teaches(home, start, unbrok
 
 def test_other_settings_are_named(home, unbroken, refused):
     line = refused(settings(home, unbroken[0], resume=True, beta=0.3, seed=1))
-    assert "--resume with other settings: beta (0.2 -> 0.3), seed (0 -> 1)" in line
+    assert "--resume with other settings: beta (0.2 -> 0.3), report_beta (0.2 -> 0.3), seed (0 -> 1)" in line
 
 
 @pytest.fixture

@@ -49,10 +49,8 @@ class Drawing:
         return {
             "keys and values": positions * each,
             "logits": slots * config.vocab_size * 4,
-            "completions": self.num_prompts
-            * self.num_candidates
-            * self.max_tokens
-            * 9,  # Token, mask, log-probability.
+            # A token, its mask and its log-probability.
+            "completions": self.num_prompts * self.num_candidates * self.max_tokens * 9,
         }
 
 
