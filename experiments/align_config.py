@@ -171,7 +171,11 @@ def resolved(config: Any) -> str:
 class AlignConfig:
     """Everything that decides a run. ``beta``, ``report_beta`` and ``learning_rate`` are numbers once it is made."""
 
-    policy: str = field("smollm2", "Reference policy: smollm2, a Hugging Face directory or hub id, or a GGUF file.")
+    policy: str = field(
+        "smollm2",
+        "Reference policy: smollm2, a Hugging Face directory (a model, or an adapter of PEFT, which is merged into its "
+        "base model) or hub id, or a GGUF file.",
+    )
     reward: str = field(
         "sentiment",
         "Reward: a shipped name (see tiltjax.rewards.registry), package.module:function or file.py:function, which is "

@@ -320,6 +320,9 @@ def test_unknown_policies_are_refused(tmp_path):
             policy_config(str(path))
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(NEOX)))
     assert policy_config(str(tmp_path / "config.json")) == NEOX
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    assert policy_config(str(tmp_path / "adapter")) == NEOX
 
 
 def test_a_plan_for_more_devices_than_there_are(tmp_path, capsys):

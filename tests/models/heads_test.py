@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from tests.train.worlds import ragged_candidates, tiny_model
 from tiltjax.models import heads, lora
@@ -102,10 +103,15 @@ def test_it_lies_beside_the_backbone_and_comes_back(tmp_path):
 )
 def test_damaged_heads(tmp_path):
     model = reward_model()
-    model.bias = nnx.Param(model.bias[...].at[1].set(jnp.nan))
     heads.save(model, tmp_path / "model")
+    file = tmp_path / "model/reward_head.safetensors"
+    save_file(load_file(file) | {"bias": np.array([0, np.nan], np.float32)}, file)
     with pytest.raises(ValueError, match=r"reward_head\.safetensors: the tensor bias is not finite"):
         heads.load(tmp_path / "model")
+    model.bias = nnx.Param(model.bias[...].at[1].set(jnp.inf))
+    with pytest.raises(ValueError, match="the bias of the heads is not finite; the model is not written"):
+        heads.save(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     for value in ("2", None, 0, [2]):
         (tmp_path / "model/reward_head.json").write_text(json.dumps({"num_heads": value}))
         with pytest.raises(ValueError, match=r"reward_head\.json: num_heads must be an integer between 1 .*, got"):

@@ -194,6 +194,7 @@ CASES = Path(__file__).parents[1] / "cases"
 )
 @pytest.mark.parametrize("own", [True, False], ids=["tokenizer", "files"])
 def test_an_export_ends_as_its_source_does(own, tmp_path):
+    """What tests/cases/export-generation-config asks for."""
     source = CASES / "turn-end-token/policy"
     save(load(source), tmp_path / "out", source=source, tokenizer=load_tokenizer(source) if own else None)
     before, after = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "out"))

@@ -170,11 +170,15 @@ def save(
 
     Raises:
       FileExistsError: If ``directory`` holds something already (and, with ``overwrite``, something other than a model).
+      ValueError: If a parameter is not finite.
     """
+    tensors = {name: np.asarray(getattr(model, name)[...]) for name in ("bias", "kernel")}
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"the {name} of the heads is not finite; the model is not written")
     pretrained.save(model.backbone, directory, source=source, tokenizer=tokenizer, overwrite=overwrite)
     if jax.process_index() == 0:
         folder = Path(directory)
-        tensors = {name: np.asarray(getattr(model, name)[...]) for name in ("bias", "kernel")}
         write_tensors(folder / f"{_TENSORS}.part", tensors)
         os.replace(folder / f"{_TENSORS}.part", folder / _TENSORS)
         features, heads = tensors["kernel"].shape
