@@ -220,6 +220,7 @@ def _kto_slopes(point, weight):
 def _contradictory() -> list[Claim]:
     slopes = np.stack([_kto_slopes(jnp.asarray(point), 1.0) for point in (0.0, 1.0, 4.0)])
     averse = np.asarray(_kto_slopes(jnp.asarray(0.0), 2.0))
+    clamped = np.abs(np.asarray(_kto_slopes(jnp.asarray(-2.0), 1.0)) - slopes[0]).max()
     odds = SKEWED[0] / SKEWED[1] * (MAJORITY / (1 - MAJORITY)) ** (1 / BETA)
     certain = jax.vmap(jax.grad(lambda m, beta: dpo_loss(jnp.stack([m, 0 * m]), jnp.zeros(2), beta=beta)), (0, None))
     margins = jnp.linspace(-20, 20, 81)
@@ -234,6 +235,8 @@ def _contradictory() -> list[Claim]:
         holds("KTO with equal lambdas picks the majority for certain, whatever the reference point",
               "largest slope of the loss by its logit, reference points 0, 1, 4", slopes.max(), "< 0",
               slopes.max() < 0),
+        at_most("A negative estimate of the KL counts as none: KTO's reference point is never below 0",
+                "largest difference of the slopes, estimates -2 and 0", clamped, 0),
         holds("With unequal lambdas the loss of KTO need not fall there", "largest slope, lambda_U = 2 lambda_D",
               averse.max(), "> 0", averse.max() > 0, verdict="sharpened"),
         holds("With a deterministic preference DPO gives the loser no probability, whatever beta",

@@ -106,6 +106,7 @@ def _orbits(p: Any, ref: Any, beta: Any, eps: Any, steps: int) -> Any:
 
 def _fixed_points() -> list[Claim]:
     threshold = float(grpo.uniqueness_beta(EPS))
+    variances = np.linspace(0, 0.25, 250_001)
     grid = np.stack([x.ravel() for x in np.meshgrid(*map(np.array, GRID.values()))])
     checked = np.array([(r, b, EPS) for r, b in KNOWN]).T
     scan = [
@@ -147,6 +148,9 @@ def _fixed_points() -> list[Claim]:
         holds("It is one for every reference from beta = max_v v sqrt(1 - 4v) / (2 (v + eps)^{3/2}) on, not below",
               f"most fixed points of any reference at beta {threshold:.4g}, and 1% below", f"{counts[0]}, {counts[1]}",
               "1, 3", counts == [1, 3], verdict="sharpened"),
+        equal("The maximum over v is attained at v = 2 eps / (1 + 12 eps)",
+              "beta from which on there is one fixed point, held to the maximum on a grid of v", threshold,
+              np.max(variances * np.sqrt(1 - 4 * variances) / (2 * (variances + EPS) ** 1.5)), rtol=1e-7),
         equal("Neighbours return if and only if beta > p (1-p) |2p-1| / (2 (p (1-p) + eps)^{3/2})",
               f"share of {len(cell)} fixed points where formula and orbit agree", np.mean(returns == stated), 1),
         at_most("Where the ends are two, the start decides: ref 0.1, beta 1, from p = 0.5 and p = 0.99",

@@ -85,7 +85,8 @@ def _enumerated(beta: float, n: int) -> dict[str, tuple[float, float]]:
     @jax.jit
     def evaluate(reward):
         out = {name: estimator(reward, beta=beta) - truth for name, estimator in ESTIMATORS.items()}
-        return out | {"z": jnp.exp(out["plain"]), "ess": tilt(reward, beta=beta).ess / n}
+        weighed = tilt(reward, beta=beta)
+        return out | {"z": jnp.exp(out["plain"]), "ess": weighed.ess / n, "weighed": jnp.exp(weighed.log_z - truth)}
 
     values = {name: np.asarray(x) for name, x in evaluate(jnp.asarray(REWARD)[drawn]).items()}
     means = {name: float(chance @ x) for name, x in values.items()}
@@ -152,6 +153,8 @@ def _bias() -> list[Claim]:
     return [
         equal("Z itself is estimated without bias", "E Z_N / Z over all samples, beta 0.2, N = 16",
               _enumerated(0.2, 16)["z"][0], 1, atol=1e-12),
+        equal("The normaliser of the weights is that estimate", "E Z_N / Z by the weights, beta 0.2, N = 16",
+              _enumerated(0.2, 16)["weighed"][0], 1, atol=1e-12),
         *exact,
         equal("The integral of the exact law is the enumeration of all 20,349 samples",
               "E log Z_N - log Z, beta 0.2, N = 16", _enumerated(0.2, 16)["plain"][0], _biases()[0.2][16],

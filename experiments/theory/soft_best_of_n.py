@@ -237,19 +237,29 @@ def _best_of_n() -> list[Claim]:
 
 def _sampler(draws: int) -> list[Claim]:
     """The library's sampler against its exact law."""
-    n, beta = 4, 0.5
 
-    def draw(key):
-        arm_key, pick_key = jax.random.split(key)
-        arms = jax.random.choice(arm_key, len(REF), (n,), p=jnp.asarray(REF))
-        return arms[soft_best_of_n(pick_key, jnp.asarray(REWARD)[arms], beta=beta)]
+    def drawn(key, count, *, n, beta):
+        def draw(key):
+            arm_key, pick_key = jax.random.split(key)
+            arms = jax.random.choice(arm_key, len(REF), (n,), p=jnp.asarray(REF))
+            return arms[soft_best_of_n(pick_key, jnp.asarray(REWARD)[arms], beta=beta)]
 
-    arms = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), draws))
-    seen = np.bincount(np.asarray(arms), minlength=len(REF))
-    law = np.asarray(bandit.soft_best_of_n_law(REF, REWARD, n=n, beta=beta))
-    statistic = stats.chisquare(seen, law * draws).statistic
-    return [at_most("The sampler draws from the exact law", f"chi-square, 5 degrees of freedom, {draws:,} draws, N = 4",
-                    statistic, 25.0)]  # fmt: skip
+        seen = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(key), count)))
+        return seen, np.asarray(bandit.soft_best_of_n_law(REF, REWARD, n=n, beta=beta))
+
+    arms, law = drawn(0, draws, n=4, beta=0.5)
+    statistic = stats.chisquare(np.bincount(arms, minlength=len(REF)), law * draws).statistic
+    # The mean reward is what a wrong strength moves most: by seven of its standard errors where beta is off by 3%.
+    arms, sharp = drawn(1, 40_000, n=32, beta=0.2)
+    mean = float(sharp @ REWARD)
+    error = np.sqrt((sharp @ (REWARD - mean) ** 2) / len(arms))
+    return [
+        at_most("The sampler draws from the exact law", f"chi-square, 5 degrees of freedom, {draws:,} draws, N = 4",
+                statistic, 25.0),
+        equal("The sampler's mean reward is that of the exact law",
+              f"mean reward, N = 32, beta 0.2, {len(arms):,} draws, 3.5 s.e.", REWARD[arms].mean(), mean,
+              atol=3.5 * error),
+    ]  # fmt: skip
 
 
 def draw_rates():
