@@ -148,7 +148,7 @@ def test_saved_to_disk(tmp_path):
 )
 def test_a_folder_with_several_splits_asks_for_one(tmp_path):
     splits = CASES / "repeated-prompts" / "splits"
-    refused(splits, f"{splits}: split must be one of test, train; got None; write {splits}?split=test")
+    refused(splits, f"{splits}: split must be one of test, train; got None; write {splits}?split=train")
     refused(f"{splits}/*.parquet", "split must be one of test, train")
     test, train = (lib.read(f"{splits}?split={name}", "prompt") for name in ("test", "train"))
     assert test != train

@@ -87,7 +87,8 @@ def _choose(source: str, names: list[str], split: str | None) -> str:
     if split is None and len(names) == 1:
         return names[0]
     if split not in names:
-        hint = f"; write {source}?split={names[0]}" if names else ""
+        example = next((name for name in names if name.startswith("train")), "".join(names[:1]))
+        hint = f"; write {source}?split={example}" if names else ""
         raise DataError(f"{source}: split must be one of {', '.join(names) or 'none'}; got {split}{hint}")
     assert split is not None
     return split
