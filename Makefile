@@ -27,7 +27,7 @@ lint: $(STAMP)  ## Lint, format, types and the direction of imports.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-arena: $(STAMP)  ## Fifty methods beside the exact optimum, into runs/arena (about 13 minutes on two cores).
+arena: $(STAMP)  ## Fifty-three methods beside the exact optimum, into runs/arena (about 13 minutes on two cores).
 	$(BIN)/python -m experiments.arena --output=runs/arena
 
 theory: $(STAMP)  ## Every claim about the tilt, with its verdict, into runs/theory.md (under 8 minutes on two cores).
