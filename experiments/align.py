@@ -29,6 +29,7 @@ pods the last three flags are found by themselves):
 Bad input ends with one line and exit status 2; TILTJAX_TRACEBACK=1 shows the whole traceback.
 """
 
+import functools
 import logging
 from typing import Any
 
@@ -36,11 +37,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import reporting
-from experiments.align_config import FREE, HOW, AlignConfig, open_run, resolved
+from experiments.align_config import FREE, HOW, AlignConfig, resolved
 from experiments.align_fit import tune
 from experiments.align_online import improve
 from experiments.align_world import World, prepare
-from experiments.launch import check_run, program, run_program
+from experiments.launch import program, run_program
+from experiments.run_directory import open_run
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
 from tiltjax.models import pretrained
@@ -70,21 +72,23 @@ def warn_of_collapse(config: AlignConfig, reward: np.ndarray, ess: np.ndarray) -
 
 def run(config: AlignConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = check_run(config, free=(*FREE, *HOW))
-    distributed.by_main(lambda: _LOG.info(resolved(config)))
-    world = prepare(config, directory)
-    open_run(config)  # Not before: input that is refused leaves no run behind.
-    drawn, _ = world.rollout("train", world.model, name="train")
-    reward = np.asarray(drawn.reward)
-    estimates = evaluate.estimate(reward, beta=config.report_beta)
-    warn_of_collapse(config, reward, estimates.ess)
-    tuned = improve(world) if config.in_rounds else tune(world, drawn)
-    held_out, texts = world.rollout("heldout", world.model, name="heldout")
-    results, samples = compare(world, held_out, texts, tuned)
-    if config.method != "soft_best_of_n":
-        source = source_of(config.policy)
-        pretrained.save(tuned, directory / "hf", source=source, tokenizer=world.tokenizer, overwrite=True)
-    distributed.by_main(lambda: reporting.write(directory, config, results, samples, reward=reward, train=estimates))
+    with open_run(config, free=(*FREE, *HOW)) as held:
+        directory = held.directory
+        distributed.by_main(lambda: _LOG.info(resolved(config)))
+        world = prepare(config, directory)
+        held.begin(world.parts)  # Not before: input that is refused leaves no run behind.
+        drawn, _ = world.rollout("train", world.model, name="train")
+        reward = np.asarray(drawn.reward)
+        estimates = evaluate.estimate(reward, beta=config.report_beta)
+        warn_of_collapse(config, reward, estimates.ess)
+        tuned = improve(world) if config.in_rounds else tune(world, drawn)
+        held_out, texts = world.rollout("heldout", world.model, name="heldout")
+        results, samples = compare(world, held_out, texts, tuned)
+        if config.method != "soft_best_of_n":
+            source = source_of(config.policy)
+            pretrained.save(tuned, directory / "hf", source=source, tokenizer=world.tokenizer, overwrite=True)
+        write = functools.partial(reporting.write, reward=reward, train=estimates)
+        distributed.by_main(lambda: write(directory, config, results, samples))
     return results
 
 

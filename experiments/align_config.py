@@ -1,16 +1,16 @@
-"""The settings of `experiments.align`, and the directory of a run."""
+"""The settings of `experiments.align`."""
 
 import dataclasses
 import hashlib
 import json
-import pathlib
 from typing import Any
 
 from experiments.align_given import NEEDS
+from experiments.run_directory import overwrite_field
 from tiltjax.models.config import ATTENTION, REMAT
 from tiltjax.ops.checks import check_at_least, check_positive
-from tiltjax.train import distributed, methods
-from tiltjax.train.config import check_fields, field, output_field, save_config, seed_field
+from tiltjax.train import methods
+from tiltjax.train.config import check_fields, field, output_field, seed_field
 from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.method import Method
 from tiltjax.train.sharding import parse_mesh
@@ -26,7 +26,6 @@ __all__ = [
     "beta_field",
     "check_beta",
     "learning_rate_field",
-    "open_run",
     "own_record",
     "record_of",
     "remat_field",
@@ -34,7 +33,7 @@ __all__ = [
     "resolved",
 ]
 
-FREE = ("output", "resume", "checkpoint_every", "compilation_cache")
+FREE = ("output", "resume", "overwrite", "checkpoint_every", "compilation_cache")
 """Settings that move no number of a run."""
 
 HOW = ("remat", "attention", "length_buckets")
@@ -265,6 +264,7 @@ class AlignConfig:
         "Go on with the run in --output from wherever it was stopped: bit for bit with the same settings, to rounding "
         "with another --remat, --attention or --length_buckets.",
     )
+    overwrite: bool = overwrite_field()
 
     def __post_init__(self):
         check_fields(self)
@@ -310,15 +310,3 @@ class AlignConfig:
         """Of everything that decides the numbers, to rounding."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in (*FREE, *HOW)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def open_run(config: AlignConfig) -> None:
-    """Makes the directory and notes the settings in it, after every host has run `experiments.launch.check_run`."""
-    directory = pathlib.Path(config.output)
-
-    def note():
-        directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, directory / "config.json")
-
-    distributed.barrier("run checked")
-    distributed.by_main(note)

@@ -19,7 +19,7 @@ from tiltjax.data.datasets import DataError, read, with_columns
 from tiltjax.data.rows import parse_row
 from tiltjax.rewards.gate import required_columns
 from tiltjax.rewards.internal import cluster_answers
-from tiltjax.rewards.registry import load_reward
+from tiltjax.rewards.registry import load_reward, reward_code
 from tiltjax.rewards.verifiers import as_number, extract_answer
 from tiltjax.train.learned_reward import LearnedReward, load_reward_model
 from tiltjax.train.method import Feedback, Method
@@ -181,7 +181,7 @@ def load_given(
         parts.append(hashlib.sha256(found["corpus"].completion.tobytes()).hexdigest())
     if "cost" in _wanted(record):
         cost = found["cost"] = load_cost(config.cost, None if config.compute_dtype == "auto" else config.compute_dtype)
-        parts.append(getattr(cost, "fingerprint", config.cost))
+        parts.append(getattr(cost, "fingerprint", "") or f"{config.cost} {reward_code(config.cost)}")
     print_ = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""
     return Given(fingerprint=print_, **found)
 

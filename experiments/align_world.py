@@ -20,7 +20,7 @@ from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.gate import required_columns, score
 from tiltjax.rewards.puzzles import puzzle_rows
-from tiltjax.rewards.registry import load_reward, parse_spec
+from tiltjax.rewards.registry import load_reward, parse_spec, reward_code
 from tiltjax.train import distributed
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.learned_reward import load_reward_model
@@ -42,7 +42,10 @@ QUEUE = 4
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What a run works with: policy, tokenizer, reward, prompts, what else a method needs, the compiled functions."""
+    """What a run works with: policy, tokenizer, reward, prompts, what else a method needs, the compiled functions.
+
+    ``parts`` are the fingerprints of what the run is made of, by name; ``fingerprint`` is that of all of them.
+    """
 
     config: AlignConfig
     directory: pathlib.Path
@@ -55,6 +58,7 @@ class World:
     scorer: Any
     fingerprint: str
     given: Given
+    parts: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def places(self) -> int:
@@ -252,10 +256,15 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         mesh=mesh,
     )
     # Candidates are kept for a resumed run; an edited prompt file or another policy under the same name is refused.
-    parts = [reward.fingerprint] if hasattr(reward, "fingerprint") else []
-    parts += [given.fingerprint] if given.fingerprint else []
-    parts += [config.fingerprint(), dtype, pretrained.fingerprint(model), text.tokenizer_fingerprint(tokenizer)]
-    made_of = "\n".join([*parts, *(repr(row) for row in (*train, *held_out))])
+    parts = {
+        "settings": config.fingerprint(),
+        "compute type": dtype,
+        "policy": pretrained.fingerprint(model),
+        "tokenizer": text.tokenizer_fingerprint(tokenizer),
+        "prompts": _digest("\n".join(repr(row) for row in (*train, *held_out))),
+        "reward (its code or model)": getattr(reward, "fingerprint", "") or reward_code(config.reward),
+        "demonstrations, corpus or cost": given.fingerprint,
+    }
     return World(
         config=config,
         directory=directory,
@@ -266,6 +275,11 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         mesh=mesh,
         sampler=sampler,
         scorer=make_scorer(),
-        fingerprint=hashlib.sha256(made_of.encode()).hexdigest()[:16],
+        fingerprint=_digest("\n".join(parts.values())),
         given=given,
+        parts=parts,
     )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

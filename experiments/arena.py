@@ -29,6 +29,7 @@ from experiments import arena_report
 from experiments.arena_run import Budget, run
 from experiments.arena_world import World, WorldConfig, make_world
 from experiments.launch import prepare_process, program, run_program
+from experiments.run_directory import open_run, overwrite_field
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train.config import field, from_flags, output_field, write_text
 from tiltjax.train.method import Method
@@ -62,6 +63,7 @@ class ArenaConfig:
     learning_rate: float = field(1e-3, "Of Adam, for all methods.")
     workers: int = field(2, "Processes; 0 runs in this one.")
     output: str = output_field("runs/arena", "Directory of the run.")
+    overwrite: bool = overwrite_field()
 
     def __post_init__(self):
         for name in ("updates", "samples"):
@@ -159,10 +161,12 @@ def _read(path: pathlib.Path, fingerprint: str) -> dict[str, Any] | None:
 def main() -> None:
     """Reads the flags and runs."""
     config = from_flags(ArenaConfig)
-    directory, methods = pathlib.Path(config.output), config.chosen()
-    world, budget = make_world(config.world()), config.budget()
-    results = compete(world, budget, methods, directory / "methods", workers=config.workers)
-    print(arena_report.write(directory, world, budget, results))
+    names = [item.name for item in dataclasses.fields(config)]  # Results of other settings are told by fingerprint.
+    with open_run(config, free=names, resume=not config.overwrite, writes=("methods",)) as held:
+        methods, budget, world = config.chosen(), config.budget(), make_world(config.world())
+        held.begin()
+        results = compete(world, budget, methods, held.directory / "methods", workers=config.workers)
+        print(arena_report.write(held.directory, world, budget, results))
 
 
 if __name__ == "__main__":

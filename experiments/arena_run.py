@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments.arena_world import World
+from tiltjax.train.finite import check_scalars
 from tiltjax.train.method import Method
 from tiltjax.train.rounds import collect, fit, init_players
 from tiltjax.train.streams import stream
@@ -22,6 +23,10 @@ MEASURES = ("reward", "kl", "to_tilt", "to_optimum", "entropy", "chosen", "rejec
 """What is measured at a checkpoint, exactly, as a mean over prompts: reward; KL to the reference; KL to the tilt, and
 to the method's own optimum (the tilt where it has none); entropy; the mean log-probability of the chosen and of the
 rejected completion of the reference's pairs; cost; length."""
+
+
+FINITE = ("reward", "kl", "entropy", "length")
+"""Of these what is finite for every policy; its distance to another law may be infinite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +146,8 @@ def run(world: World, method: Method, budget: Budget) -> dict[str, Any]:
     used = np.array([method.own_beta(beta) for beta in budget.betas], np.float32)
     every = jax.vmap(jax.vmap(one, (None, None, None, 0)), (0, 0, 0, None))
     seen = np.asarray(jax.jit(every)(betas, used, owns, keys), np.float64)
+    means = dict(zip(MEASURES, seen.mean(axis=(0, 1, 2)), strict=True))
+    check_scalars(method.name, {name: means[name] for name in FINITE})
     curves = np.concatenate([np.broadcast_to(first(world, owns, budget), seen[:, :, :1].shape), seen], axis=2)
     at = np.arange(C + 1) * (B // C)
     return {

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from experiments import digits_report, digits_world
 from experiments.digits_world import Images, Judge
 from experiments.launch import program, run_program
+from experiments.run_directory import open_run, overwrite_field
 from tiltjax.exact import gaussian
 from tiltjax.models.denoiser import Denoiser, DenoiserConfig
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
@@ -47,7 +48,7 @@ from tiltjax.samplers.guidance import (
     soft_best_of_n_denoise,
     soft_best_of_n_step,
 )
-from tiltjax.train.config import field, from_flags, load_config, output_field, save_config, seed_field
+from tiltjax.train.config import field, from_flags, output_field, seed_field
 from tiltjax.train.streams import root_key
 from tiltjax.types import Array
 
@@ -74,6 +75,7 @@ class DigitsConfig:
     per_class: int = field(24, "Images drawn per class and method.")
     seed: int = seed_field("Of everything.")
     output: str = output_field("runs/diffusion_digits")
+    overwrite: bool = overwrite_field()
     quick: bool = field(False, "Cut every size down, to see in seconds that all stages run; the figures mean nothing.")
 
     def __post_init__(self):
@@ -204,12 +206,13 @@ def exact_world(
 
 def run(config: DigitsConfig, *, progress: bool = True) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = pathlib.Path(config.output)
-    if (directory / "config.json").exists() and load_config(DigitsConfig, directory / "config.json") != config:
-        raise ValueError(f"{directory}: holds a run of another configuration; pass another --output")
-    images = digits_world.load_images(config.dataset, limit=2)  # Before anything is written.
-    directory.mkdir(parents=True, exist_ok=True)
-    save_config(config, directory / "config.json")
+    with open_run(config, resume=not config.overwrite) as held:
+        digits_world.load_images(config.dataset, limit=2)  # Before anything is written.
+        held.begin()
+        return _run(config, held.directory, progress=progress)
+
+
+def _run(config: DigitsConfig, directory: pathlib.Path, *, progress: bool) -> dict[str, Any]:
     began, sizes = time.process_time(), config.resized
     images, model, guide = prepare(config, guided=not config.quick, progress=progress)
     judge, seconds = Judge(images), {"training": time.process_time() - began}

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from experiments import guidance_report, guidance_world
 from experiments.launch import program, run_program
+from experiments.run_directory import open_run, overwrite_field
 from experiments.theory.claims import FAILED, Claim, at_most, equal, holds
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import field, from_flags, output_field, save_config, seed_field, write_text
+from tiltjax.train.config import field, from_flags, output_field, seed_field, write_text
 from tiltjax.train.streams import root_key
 
 __all__ = ["GuidanceConfig", "judge", "run"]
@@ -39,6 +40,7 @@ class GuidanceConfig:
     num_samples: int = field(20_000, "Samples per sampler, at least 200.")
     seed: int = seed_field("Of the samplers; the laws have none.")
     output: str = output_field("runs/diffusion_guidance")
+    overwrite: bool = overwrite_field()
     quick: bool = field(False, "Few steps and samples, to see in seconds that all stages run; tolerances are wide.")
 
     def __post_init__(self):
@@ -149,11 +151,12 @@ def _particle_facts(p: dict[str, Any], *, wide: float) -> list[Claim]:
 
 def run(config: GuidanceConfig) -> tuple[dict[str, Any], list[Claim]]:
     """The whole job; returns what it writes to ``results.json``, and the judged facts."""
-    directory = pathlib.Path(config.output)
-    if (directory / "config.json").exists():
-        raise ValueError(f"{directory}: there is a run already; pass another --output")
-    directory.mkdir(parents=True, exist_ok=True)
-    save_config(config, directory / "config.json")
+    with open_run(config, resume=False) as held:
+        held.begin()
+        return _run(config, held.directory)
+
+
+def _run(config: GuidanceConfig, directory: pathlib.Path) -> tuple[dict[str, Any], list[Claim]]:
     num_steps, num_samples = (24, 1000) if config.quick else (config.num_steps, config.num_samples)
     keys = jax.random.split(root_key(config.seed), 4)
     stages = {

@@ -22,7 +22,6 @@ Bad input ends with one line and exit status 2.
 
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from experiments import diffusion_digits, diffusion_reward_report, digits_world
 from experiments import diffusion_stages as stages
 from experiments.launch import program, run_program
+from experiments.run_directory import Run, open_run, overwrite_field
 from tiltjax.exact import bandit
 from tiltjax.models.denoiser import Denoiser
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
@@ -42,7 +42,7 @@ from tiltjax.samplers.resample import resample
 from tiltjax.tilt.divergence import tilt_kl, tilted_reward
 from tiltjax.tilt.temperature import beta_for_kl
 from tiltjax.tilt.weights import tilt
-from tiltjax.train.config import field, from_flags, output_field, save_config, seed_field
+from tiltjax.train.config import field, from_flags, output_field, seed_field
 from tiltjax.train.streams import root_key
 from tiltjax.types import Array
 
@@ -66,6 +66,7 @@ class RewardConfig:
     learning_rate: float = field(2e-4, "Of fine-tuning.")
     seed: int = seed_field("Of everything but the denoiser.")
     output: str = output_field("runs/diffusion_reward", "Directory of the run.")
+    overwrite: bool = overwrite_field()
     quick: bool = field(False, "Cut every size down, to see in seconds that all stages run; the figures mean nothing.")
 
     def __post_init__(self):
@@ -199,16 +200,17 @@ STAGES: dict[str, Callable[..., tuple]] = {
 
 def run(config: RewardConfig, *, progress: bool = True) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory, sizes = pathlib.Path(config.output), config.resized
-    if (directory / "config.json").exists():
-        raise ValueError(f"{directory}: there is a run already; pass another --output")
-    began = time.process_time()
+    with open_run(config, resume=False) as held:
+        return _run(config, held, progress=progress)
+
+
+def _run(config: RewardConfig, held: Run, *, progress: bool) -> dict[str, Any]:
+    directory, sizes, began = held.directory, config.resized, time.process_time()
     source = diffusion_digits.DigitsConfig(output=config.denoiser, quick=config.quick)
     guided = config.reward.startswith("class")
     _, ref, guide = diffusion_digits.prepare(source, guided=guided, progress=progress)
     reward = stages.rewards(config.reward, guide)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_config(config, directory / "config.json")
+    held.begin()
     root = root_key(config.seed)
     pool, _, _ = stages.chains(jax.random.fold_in(root, 0), ref, ref, n=sizes.pool, steps=sizes.sampling_steps)
     worth = reward(pool)

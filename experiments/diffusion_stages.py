@@ -39,6 +39,7 @@ from tiltjax.tilt.divergence import weights_kl
 from tiltjax.tilt.temperature import beta_for_ess
 from tiltjax.tilt.weights import tilt
 from tiltjax.train.average import averaged
+from tiltjax.train.finite import check_scalars, check_tree
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Array
@@ -198,7 +199,9 @@ def tune(
         return (state, image, reward), None
 
     run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0][0])
-    return run((init_state(model, tx), image, reward), jax.random.split(key, num_steps)).opt_state.average
+    state = run((init_state(model, tx), image, reward), jax.random.split(key, num_steps))
+    check_tree(f"step {num_steps} of fine-tuning", state)
+    return state.opt_state.average
 
 
 def guarded_draw(
@@ -299,5 +302,7 @@ def ddpo(
     for i in range(num_iterations):
         state, figures = iterate(state, ref, jax.random.fold_in(key, i))
         seen.append([float(figures[0]), float(figures[1])])
+        check_scalars(f"iteration {i}", dict(zip(("reward", "kl"), seen[-1], strict=True)))
         tick()
+    check_tree(f"iteration {num_iterations}", state)
     return state.params, seen

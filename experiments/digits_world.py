@@ -6,6 +6,7 @@ that what the judge says of drawn images is no echo of the guide.
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from tiltjax.models.denoiser import Denoiser, DenoiserConfig, drop_label
 from tiltjax.ops.masked import average
 from tiltjax.ops.schedule import add_noise, cosine_schedule, expand, log_snr
 from tiltjax.train.average import averaged
+from tiltjax.train.finite import check_tree
 from tiltjax.train.loop import fit
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
@@ -156,8 +158,12 @@ def fit_denoiser(
         return {"image": images.image[rows], "label": images.label[rows].astype(np.int32)}
 
     step_fn = jax.jit(functools.partial(train_step, loss_fn=denoiser_loss, tx=tx), donate_argnums=0)
+    # Resuming is exact with the schedule, the images and the network that it was begun with, and only then.
+    made_of = repr((config, num_steps, batch_size, learning_rate, decay, seed)).encode()
+    fingerprint = hashlib.sha256(made_of + images.image.tobytes() + images.label.tobytes()).hexdigest()[:16]
     state = fit(state, batches, step_fn=step_fn, key=jax.random.fold_in(root, 1), num_steps=num_steps,
-                directory=directory, resume=True, checkpoint_every=250, progress=progress)  # fmt: skip
+                directory=directory, resume=True, checkpoint_every=250, fingerprint=fingerprint,
+                progress=progress)  # fmt: skip
     return state.opt_state.average
 
 
@@ -183,7 +189,9 @@ def fit_network(
         return (optax.apply_updates(net, updates), state), None
 
     run = jax.jit(lambda net: jax.lax.scan(step, (net, tx.init(net)), jax.random.split(keys[-1], num_steps))[0][0])
-    return run(net)
+    net = run(net)
+    check_tree(f"step {num_steps} of a network", net)
+    return net
 
 
 def network(net: Any, x: Array, alpha_bar: Array) -> Array:

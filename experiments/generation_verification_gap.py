@@ -32,10 +32,12 @@ from experiments import gap_report, gap_stages
 from experiments.gap_stages import Recipe, Schedule
 from experiments.gap_world import Task, parse_tasks
 from experiments.launch import program, run_program
+from experiments.run_directory import open_run, overwrite_field
 from tiltjax.exact import gap
 from tiltjax.exact.tree import completions
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import field, from_flags, output_field, save_config, seed_field
+from tiltjax.train.config import field, from_flags, output_field, seed_field
+from tiltjax.train.finite import check_tree
 from tiltjax.train.streams import root_key
 
 __all__ = ["GapConfig", "recipe_and_tasks", "run", "run_task", "twin"]
@@ -55,6 +57,7 @@ class GapConfig:
     num_seeds: int = field(3, "Worlds per task, run side by side: --seed, --seed + 1, ...")
     seed: int = seed_field("First seed.")
     output: str = output_field("runs/gap")
+    overwrite: bool = overwrite_field()
     quick: bool = field(False, "Cut every size down, to see in seconds that all stages run; the figures mean nothing.")
 
     def __post_init__(self):
@@ -92,6 +95,7 @@ def run_task(task: Task, recipe: Recipe, seeds: range, tick: Callable[[], Any] =
         over_seeds = jax.jit(jax.vmap(lambda key, *before, stage=stage: stage(key, *before, task, recipe)))
         made.append(jax.block_until_ready(over_seeds(keys[:, i], *made)))
         tick()
+    check_tree(task.label, made[-1])
     figures = jax.tree.map(lambda x: np.asarray(x, np.float64).tolist(), made[-1])
     return {**figures, **differences(figures), "seconds": time.time() - began}
 
@@ -141,12 +145,13 @@ def twin(horizons: tuple[int, ...] = TWIN_HORIZONS) -> list[dict[str, float]]:
 
 def run(config: GapConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = pathlib.Path(config.output)
-    if (directory / "config.json").exists():
-        raise ValueError(f"{directory}: there is a run already; pass another --output")
+    with open_run(config, resume=False) as held:
+        held.begin()
+        return _run(config, held.directory)
+
+
+def _run(config: GapConfig, directory: pathlib.Path) -> dict[str, Any]:
     recipe, tasks = recipe_and_tasks(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_config(config, directory / "config.json")
     seeds = range(config.seed, config.seed + config.num_seeds)
     results: dict[str, Any] = {"seeds": list(seeds), "recipe": dataclasses.asdict(recipe), "tasks": {}}
     with tqdm(total=len(tasks) * len(STAGES) + 1, desc="stages", disable=None) as bar:

@@ -1,28 +1,33 @@
-"""What every experiment does around its job: the process, the command line, the run directory, a report's command."""
+"""What every experiment does around its job: the process, the command line, a report's command."""
 
 import dataclasses
 import functools
 import logging
 import os
-import pathlib
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
 from tiltjax.ops.checks import did_you_mean
-from tiltjax.train.config import define_flags, load_config
+from tiltjax.train.config import define_flags
 from tiltjax.train.hardware import CACHE, compilation_cache, return_memory_after_compiling
 
-__all__ = ["check_run", "command", "one_line", "parse", "prepare_process", "program", "run_program"]
+__all__ = ["command", "one_line", "parse", "prepare_process", "program", "run_program"]
 
 flags.disclaim_key_flags()  # A program's --help lists its own flags, which `run_program` defines.
 
 _LONGEST_WORD = 300
 """Characters of a word of an error, such as a path."""
+
+_PATIENCE = 15.0
+"""Seconds that threads have to end after a program has failed."""
 
 
 def run_program(main: Callable[[list[str]], None], *config_classes: type) -> None:
@@ -34,7 +39,23 @@ def run_program(main: Callable[[list[str]], None], *config_classes: type) -> Non
     """
     for config_class in config_classes:
         define_flags(config_class)
-    app.run(main, flags_parser=_parsed)
+    try:
+        app.run(main, flags_parser=_parsed)
+    except SystemExit as end:
+        if end.code:
+            _leave_in_time(end.code if isinstance(end.code, int) else 1)
+        raise
+
+
+def _leave_in_time(status: int) -> None:
+    """Ends a process that has failed, also where a thread still waits for something that will never come."""
+
+    def leave() -> None:
+        threading.main_thread().join()
+        time.sleep(_PATIENCE)
+        os._exit(status)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 def _parsed(argv: list[str]) -> list[str]:
@@ -80,7 +101,10 @@ def one_line(error: Exception) -> str:
     Returns:
       Text without line breaks.
     """
-    words = str(error).split()
+    said = str(error).strip() or type(error).__name__
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        said = said.partition("\n")[0]  # Below it stand all buffers.
+    words = said.split()
     return " ".join(word if len(word) <= _LONGEST_WORD else f"{word[:80]}..." for word in words)
 
 
@@ -92,7 +116,8 @@ def _refuse(error: Exception) -> NoReturn:
 def program(job: Callable[[], Any]) -> Callable[[list[str]], None]:
     """Makes a job the ``main`` of `run_program`, in a process as `prepare_process` leaves it.
 
-    Bad input ends in one line and exit status 2, or with ``TILTJAX_TRACEBACK`` set in a traceback.
+    Bad input, and what does not fit into memory, ends in one line and exit status 2, or with ``TILTJAX_TRACEBACK`` set
+    in a traceback.
 
     Args:
       job: Reads its flags and runs; what it returns, if anything but None, is the exit status.
@@ -106,8 +131,9 @@ def program(job: Callable[[], Any]) -> Callable[[list[str]], None]:
         prepare_process()
         try:
             status = job()
-        except (ValueError, OSError, ImportError) as error:
-            if os.environ.get("TILTJAX_TRACEBACK"):
+        except (ValueError, OSError, ImportError, MemoryError, jax.errors.JaxRuntimeError) as error:
+            bug = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+            if bug or os.environ.get("TILTJAX_TRACEBACK"):
                 raise
             _refuse(error)
         if status is not None:
@@ -137,41 +163,13 @@ def _raised_anyway(record: logging.LogRecord) -> bool:
     return not ("orbax" in record.pathname and record.exc_info)
 
 
-def check_run(config: Any, *, free: Collection[str]) -> pathlib.Path:
-    """The directory of a run, which must be new or, with ``resume``, of the same settings; writes nothing.
-
-    Args:
-      config: With the fields ``output`` and ``resume``.
-      free: Fields that may differ from those of the run that is there.
-
-    Returns:
-      ``config.output`` as a path.
-
-    Raises:
-      ValueError: If there is a run and ``resume`` is off, or other settings made it.
-    """
-    directory = pathlib.Path(config.output)
-    saved = directory / "config.json"
-    if not saved.exists():
-        return directory
-    if not config.resume:
-        raise ValueError(f"{directory}: there is a run already; pass --resume to go on with it, or another --output")
-    pairs = zip(
-        dataclasses.asdict(load_config(type(config), saved)).items(), dataclasses.asdict(config).values(), strict=True
-    )
-    changed = ", ".join(f"{name} ({a} -> {b})" for (name, a), b in pairs if a != b and name not in free)
-    if changed:
-        raise ValueError(f"{saved}: --resume with other settings: {changed}")
-    return directory
-
-
 def command(module: str, config: Any, *, free: Collection[str] = ()) -> str:
     """What to type to get a run: the flags that differ from their defaults.
 
     Args:
       module: Below ``experiments``.
       config: The run's dataclass.
-      free: Fields that do not belong to the command; resuming and where compilations lie never do.
+      free: Fields that do not belong to the command; resuming, overwriting and where compilations lie never do.
 
     Returns:
       One line.
@@ -189,6 +187,6 @@ def command(module: str, config: Any, *, free: Collection[str] = ()) -> str:
     words = [
         shlex.quote(f"--{f.name}={getattr(config, f.name)}")
         for f in dataclasses.fields(config)
-        if getattr(config, f.name) != default(f) and f.name not in {"resume", "compilation_cache", *free}
+        if getattr(config, f.name) != default(f) and f.name not in {"resume", "overwrite", "compilation_cache", *free}
     ]
     return " ".join([f"python -m experiments.{module}", *words])

@@ -43,11 +43,13 @@ from experiments.align_config import (
     report_beta_field,
     resolved,
 )
-from experiments.launch import check_run, program, run_program
+from experiments.launch import program, run_program
 from experiments.online_measure import task_numbers
 from experiments.online_world import make_bench, play, reference
+from experiments.run_directory import Run, open_run, overwrite_field
 from tiltjax.ops.checks import check_at_least, check_choice
-from tiltjax.train.config import check_fields, field, from_flags, output_field, save_config, seed_field
+from tiltjax.rewards.registry import reward_code
+from tiltjax.train.config import check_fields, field, from_flags, output_field, seed_field
 from tiltjax.train.hardware import compilation_cache_field
 
 __all__ = ["TASKS", "OnlineConfig", "run"]
@@ -55,7 +57,7 @@ __all__ = ["TASKS", "OnlineConfig", "run"]
 _LOG = logging.getLogger(__name__)
 
 TASKS = ("puzzles", "sentiment")
-FREE = ("task", "methods", "output", "resume", "compilation_cache")
+FREE = ("task", "methods", "output", "resume", "overwrite", "compilation_cache")
 """Settings that move no number of a task and method."""
 
 
@@ -105,6 +107,7 @@ class OnlineConfig:
         "Go on with the run in --output, and with further methods and tasks beside its own; with another --remat or "
         "--attention numbers agree to rounding.",
     )
+    overwrite: bool = overwrite_field()
 
     def __post_init__(self):
         check_fields(self)
@@ -147,7 +150,11 @@ class OnlineConfig:
 
 def run(config: OnlineConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    directory = check_run(config, free=(*FREE, *HOW))
+    with open_run(config, free=(*FREE, *HOW), writes=TASKS) as held:
+        return _run(config, held)
+
+
+def _run(config: OnlineConfig, held: Run) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise ValueError("experiments.online runs on one host")
     methods = config.parts("methods")
@@ -158,10 +165,9 @@ def run(config: OnlineConfig) -> dict[str, Any]:
     comparisons = len(methods) * len(config.parts("task"))
     for task in config.parts("task"):
         gold = "" if task == "puzzles" else config.gold
-        bench = make_bench(task, config.align(task, ""), directory / task, gold=gold)
-        if not (directory / "config.json").exists():  # Not before: input that is refused leaves no run behind.
-            directory.mkdir(parents=True, exist_ok=True)
-            save_config(config, directory / "config.json")
+        bench = make_bench(task, config.align(task, ""), held.directory / task, gold=gold)
+        parts = bench.world.parts | ({"gold reward": reward_code(gold)} if gold else {})
+        held.begin({f"{name} of {task}": value for name, value in parts.items()})  # Not before all input was read.
         before = reference(bench, draws=config.reference_draws if gold else 1)
         played = {method: play(bench, config.align(task, method)) for method in methods}
         numbers = task_numbers(before, played, beta=config.report_beta, comparisons=comparisons)
@@ -169,7 +175,7 @@ def run(config: OnlineConfig) -> dict[str, Any]:
         prompts = [row.prompt for row in bench.world.rows["heldout"]]
         after = {method: readings[-1] for method, (readings, _) in played.items()}
         samples[task] = online_report.samples_of(prompts, before, after)
-        online_report.write(directory, config, results, samples)
+        online_report.write(held.directory, config, results, samples)
     return results
 
 

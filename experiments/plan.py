@@ -28,6 +28,7 @@ from experiments.plan_chips import CHIPS, Prediction, predict
 from experiments.plan_hlo import Collective
 from experiments.plan_report import render
 from experiments.plan_shapes import SHAPES, Shape, policy_config
+from experiments.run_directory import locked
 from tiltjax.models.config import REMAT
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train.config import field, from_flags, output_field, write_text
@@ -180,14 +181,17 @@ def validate() -> dict[str, list[dict[str, Any]]]:
 
 def run(config: PlanConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
+    with locked(config.output) as directory:
+        return _run(config, directory)
+
+
+def _run(config: PlanConfig, directory: pathlib.Path) -> dict[str, Any]:
     result = compile_elsewhere(job(config))
     predicted = predictions(config, result)
     checks = validate() if config.validate else None
     chips = {name: dataclasses.asdict(p) | {"seconds": p.seconds, "serial": p.serial, "bound": p.bound}
              for name, p in predicted.items()}  # fmt: skip
     results = {"config": dataclasses.asdict(config), **result, "chips": chips, "validation": checks}
-    directory = pathlib.Path(config.output)
-    directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / "results.json", json.dumps(results, indent=1) + "\n")
     parts = render(config, result, predicted, checks)
     write_text(directory / "report.md", "\n\n".join(parts) + "\n")

@@ -22,6 +22,7 @@ Bad input ends with one line and exit status 2; TILTJAX_TRACEBACK=1 shows the wh
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from typing import Any
 
@@ -33,15 +34,16 @@ from experiments import reward_report
 from experiments.align_config import HOW, AlignConfig, attention_field, remat_field
 from experiments.align_fit import optimizer
 from experiments.align_world import World, prepare
-from experiments.launch import check_run, program, run_program
+from experiments.launch import program, run_program
 from experiments.reward_report import Verdict
 from experiments.reward_world import Split, drawn_split, file_splits, judge, newline_tokens
+from experiments.run_directory import Run, open_run, overwrite_field
 from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models import lora
 from tiltjax.models.heads import RewardModel, is_trainable
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
 from tiltjax.train import distributed
-from tiltjax.train.config import check_fields, field, from_flags, output_field, save_config, seed_field
+from tiltjax.train.config import check_fields, field, from_flags, output_field, seed_field
 from tiltjax.train.distributed import Hosts
 from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.learned_reward import reward_all, save_reward_model, source_of
@@ -65,7 +67,7 @@ from tiltjax.train.streams import stream
 
 __all__ = ["RewardConfig", "evaluate", "kinds_of", "run", "train"]
 
-FREE = ("kind", "output", "resume", "checkpoint_every", "compilation_cache")
+FREE = ("kind", "output", "resume", "overwrite", "checkpoint_every", "compilation_cache")
 """Settings that move no number of a model."""
 
 
@@ -115,6 +117,7 @@ class RewardConfig:
         "Go on with the run in --output, and with further kinds beside those it has; with another --remat or "
         "--attention numbers agree to rounding.",
     )
+    overwrite: bool = overwrite_field()
 
     def __post_init__(self):
         check_fields(self)
@@ -166,16 +169,14 @@ def kinds_of(config: RewardConfig) -> tuple[str, ...]:
 
 def run(config: RewardConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``: on process 0, and nothing on the others."""
-    directory = check_run(config, free=(*FREE, *HOW))
-    distributed.barrier("run checked")
-    world = prepare(config.align(), directory)
+    with open_run(config, free=(*FREE, *HOW), writes=KINDS) as held:
+        return _run(config, held)
+
+
+def _run(config: RewardConfig, held: Run) -> dict[str, Any]:
+    world = prepare(config.align(), held.directory)
     if config.batch_size % world.places:
         raise ValueError(f"batch_size must be a multiple of data x fsdp = {world.places}, got {config.batch_size}")
-
-    def note() -> None:
-        if not (directory / "config.json").exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            save_config(config, directory / "config.json")
 
     places: dict[str, Any] = {"batch_size": world.scored_batch, "sharding": batch_sharding(world.mesh)}
     compare = None
@@ -190,19 +191,19 @@ def run(config: RewardConfig) -> dict[str, Any]:
             learn, held_out = file_splits(
                 config.data, world.tokenizer, spec, held_out=config.num_eval_prompts, skip_bad=config.skip_bad_rows
             )
-        else:
+        held.begin(world.parts)  # Not before: input that is refused leaves no run behind.
+        if not config.data:
             options: dict[str, Any] = {"scale": config.scale}
             learn, agreement = drawn_split(world, "train", spec, most=config.pairs, compare=compare, **options)
             held_out, _ = drawn_split(world, "heldout", spec, **options)
         if kind == "local" and not config.beta:
             spec = dataclasses.replace(spec, beta=1 / learn.data.candidates.completion.shape[-1])
-        distributed.by_main(note)  # Not before: input that is refused leaves no run behind.
         learn = _referred(world, spec, learn)
         model = train(config, world, spec, learn.data)
         if kind in ("global", *LIKELIHOOD):  # The constant that comparisons leave open.
             spec = dataclasses.replace(spec, offset=_mean(spec, model, learn.data, **places))
         export: dict[str, Any] = {"source": source_of(config.policy), "tokenizer": world.tokenizer}
-        save_reward_model(model, spec, directory / kind / "model", overwrite=True, **export)
+        save_reward_model(model, spec, held.directory / kind / "model", overwrite=True, **export)
         held_out = _referred(world, spec, held_out)
         reading = evaluate(spec, model, held_out.data, **places)
         shown, reward = held_out, reading.reward
@@ -211,7 +212,7 @@ def run(config: RewardConfig) -> dict[str, Any]:
             reward = evaluate(spec, model, shown.data, **places).reward
         verdicts.append(reward_report.verdict(spec, held_out, reading, shown, reward))
     told = agreement if compare else None
-    return distributed.by_main(lambda: reward_report.write(directory, config, verdicts, agreement=told)) or {}
+    return distributed.by_main(lambda: reward_report.write(held.directory, config, verdicts, agreement=told)) or {}
 
 
 def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) -> Any:
@@ -240,12 +241,23 @@ def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) 
         frozen=frozen,
         resume=config.resume,
         checkpoint_every=config.checkpoint_every,
+        fingerprint=_fingerprint(config, world, spec, data),
     )
     params = state.params if frozen is None else lora.combine(state.params, frozen)
     if isinstance(params, RewardModel):
         params.backbone = lora.merge(params.backbone)
         return params
     return lora.merge(params)
+
+
+def _fingerprint(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) -> str:
+    """Of everything that decides the parameters after a step, to rounding; of the data it is tokens and labels."""
+    fields = {name: v for name, v in dataclasses.asdict(config).items() if name not in (*FREE, *HOW)}
+    digest = hashlib.sha256(repr((world.fingerprint, sorted(fields.items()), spec)).encode())
+    for leaf in jax.tree.leaves(data):
+        if not np.issubdtype(leaf.dtype, np.floating):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def evaluate(

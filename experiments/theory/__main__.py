@@ -7,12 +7,12 @@ Expected: no claim FAILED (exit status 0); under 8 minutes on two cores. ``--out
 
 import dataclasses
 import importlib
-import pathlib
 import sys
 
 from tqdm import tqdm
 
 from experiments.launch import program, run_program
+from experiments.run_directory import locked
 from experiments.theory import claims
 from tiltjax.train.config import field, from_flags, output_field
 
@@ -64,14 +64,14 @@ def main() -> bool:
     """Runs the families and writes the index page; the exit status is 1 if a claim fails."""
     config = from_flags(TheoryConfig)
     chosen = families([name for name in config.only.split(",") if name])
-    output = pathlib.Path(config.output)
-    pages, judged = [], {}
-    for family in tqdm(chosen, desc="families", disable=None):
-        body, judged[family.name] = claims.run(family, output / "theory" / family.name, fast=config.fast)
-        pages.append(claims.nested(body, f"theory/{family.name}"))
-    command = "python -m experiments.theory" + (" --fast" if config.fast else "")
-    page = claims.index(chosen, judged, pages, command)
-    (output / "theory.md").write_text(page)
+    with locked(config.output) as output:
+        pages, judged = [], {}
+        for family in tqdm(chosen, desc="families", disable=None):
+            body, judged[family.name] = claims.run(family, output / "theory" / family.name, fast=config.fast)
+            pages.append(claims.nested(body, f"theory/{family.name}"))
+        command = "python -m experiments.theory" + (" --fast" if config.fast else "")
+        page = claims.index(chosen, judged, pages, command)
+        (output / "theory.md").write_text(page)
     failed = [c for of_family in judged.values() for c in of_family if c.verdict == claims.FAILED]
     for claim in failed:
         print(f"FAILED: {claim.claim}: {claim.formula} = {claim.computed}, expected {claim.expected}", file=sys.stderr)

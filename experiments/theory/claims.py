@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 
 from experiments.launch import program, run_program
 from experiments.reporting import STYLE
+from experiments.run_directory import locked
 from tiltjax.train.config import field, from_flags, output_field, write_text
 
 __all__ = [
@@ -222,8 +223,8 @@ def main(family: Family) -> None:
     @program
     def start() -> bool:
         config: Any = from_flags(config_class)
-        directory = pathlib.Path(config.output)
-        _, claims = run(family, directory, fast=config.fast)
+        with locked(config.output) as directory:
+            _, claims = run(family, directory, fast=config.fast)
         print(table(claims))
         print(f"\nreport: {directory / 'report.md'}")
         return any(c.verdict == FAILED for c in claims)

@@ -17,6 +17,7 @@ from absl.testing import flagsaver
 
 from experiments import align, align_fit, align_world
 from experiments.align_config import HOW, AlignConfig
+from experiments.run_directory import Run
 from tests.tiny import save_policy
 from tiltjax.data import text
 from tiltjax.models import pretrained
@@ -28,7 +29,7 @@ from tiltjax.train.distributed import Hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, N = 6, 4
-ARTEFACTS = ("config.json", "report.md", "results.json", "metrics.jsonl", "frontier.png", "ess.png")
+ARTEFACTS = ("config.json", "fingerprint.json", "report.md", "results.json", "metrics.jsonl", "frontier.png", "ess.png")
 SETTINGS = {"reward": "length?target=3", "beta": 0.2, "num_candidates": N, "num_prompts": 8, "num_eval_prompts": 4,
             "max_tokens": 6, "steps": STEPS, "checkpoint_every": 2, "batch_size": 4, "sample_batch": 2,
             "learning_rate": 0.01, "lora_rank": 0, "compute_dtype": "float32", "compilation_cache": ""}  # fmt: skip
@@ -42,8 +43,12 @@ def complaining(prompts, completions):
     raise RuntimeError("first line\nsecond line")
 
 
-class Begun(Exception):
-    pass
+def leaving(prompts, completions):
+    raise SystemExit(0)
+
+
+class Begun(BaseException):
+    """Ends a run as a signal does: nothing is tidied up."""
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +179,8 @@ def test_an_existing_run_is_not_overwritten_and_help_teaches(home, start, unbrok
     again, helped = start(*arguments(settings(home, unbroken[0]))), start("--help")
     _, err = again.communicate(timeout=100)
     assert again.returncode == 2
-    assert err == f"error: {unbroken[0]}: there is a run already; pass --resume to go on with it, or another --output\n"
+    said = "there is a run already; pass --resume to go on with it, --overwrite to remove it, or another --output"
+    assert err == f"error: {unbroken[0]}: {said}\n"
     assert {p: p.read_bytes() for p in unbroken[0].rglob("*") if p.is_file()} == before
     out, _ = helped.communicate(timeout=100)
     assert "python -m experiments.align" in out
@@ -256,13 +262,13 @@ def test_truncated_prompts_are_named_by_file_and_line(home, tmp_path, refused):
 )
 def test_flags_say_how_the_policy_computes(home, tmp_path, monkeypatch, flags_, attention, remat):
     """They reach the model. A run goes on with others, or from before there were any, with its own candidates."""
-    worlds, note, prepare = [], align.open_run, align.prepare
+    worlds, begin, prepare = [], Run.begin, align.prepare
 
-    def begin(config):
-        note(config)
+    def cut_off(*told):
+        begin(*told)
         raise Begun
 
-    monkeypatch.setattr(align, "open_run", begin)
+    monkeypatch.setattr(Run, "begin", cut_off)
     monkeypatch.setattr(align, "prepare", lambda *told: worlds.append(prepare(*told)) or worlds[-1])
     options = settings(home, tmp_path, batch_size=8, sample_batch=8)
     for changes in ({}, {"resume": True} | flags_, {"resume": True}):
@@ -294,7 +300,11 @@ def shared():
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [("not_a_number", "is nan in float32 for completion 0"), ("complaining", "first line second line")],
+    [
+        ("not_a_number", "is nan in float32 for completion 0"),
+        ("complaining", "first line second line"),
+        ("leaving", "raised SystemExit on completion 0"),
+    ],
 )
 def test_a_reward_that_fails_is_named(home, tmp_path, refused, compiled_once, reward, message):
     spec = f"{__name__}:{reward}"
@@ -302,7 +312,7 @@ def test_a_reward_that_fails_is_named(home, tmp_path, refused, compiled_once, re
     line = refused(options, quiet=False)
     assert f"reward {spec!r}" in line
     assert message in line
-    assert not (tmp_path / "run" / "candidates" / "train.npz").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_path, compiled_once):

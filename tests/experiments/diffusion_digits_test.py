@@ -103,7 +103,7 @@ def test_a_finished_run_is_not_trained_again(digits_run):
 
 def test_another_configuration_is_refused(digits_run):
     config, _ = digits_run
-    with pytest.raises(ValueError, match="holds a run of another configuration; pass another --output"):
+    with pytest.raises(ValueError, match=r"a run with other settings: quick .* pass --overwrite to remove it"):
         experiment.run(experiment.DigitsConfig(output=config.output))
 
 

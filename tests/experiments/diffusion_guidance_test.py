@@ -82,7 +82,7 @@ def test_a_run_leaves_its_report_and_is_not_overwritten(committed, plane, tmp_pa
     for name in ("plane", "variance", "finite_n", "densities"):
         assert f"({name}.png)" in report
         assert (tmp_path / "run" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="there is a run already; pass another --output"):
+    with pytest.raises(ValueError, match="there is a run already; pass --overwrite to remove it"):
         experiment.run(config)
 
 

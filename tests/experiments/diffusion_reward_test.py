@@ -183,7 +183,7 @@ def test_run_has_every_method_and_its_figures(finished):
 
 
 def test_a_run_is_not_overwritten(finished):
-    with pytest.raises(ValueError, match="there is a run already; pass another --output"):
+    with pytest.raises(ValueError, match="there is a run already; pass --overwrite to remove it"):
         experiment.run(finished[0])
 
 

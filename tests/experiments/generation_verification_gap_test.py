@@ -115,7 +115,7 @@ def test_the_twin_has_no_gap_at_one_token(finished):
 
 
 def test_a_run_is_not_overwritten(finished):
-    with pytest.raises(ValueError, match="there is a run already; pass another --output"):
+    with pytest.raises(ValueError, match="there is a run already; pass --overwrite to remove it"):
         experiment.run(finished[0])
 
 

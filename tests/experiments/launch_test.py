@@ -2,7 +2,10 @@
 
 import dataclasses
 import logging
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -10,8 +13,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from experiments import launch
-from tiltjax.train.config import define_flags, field, save_config
+from tiltjax.train.config import define_flags, field
 
+ROOT = pathlib.Path(__file__).parents[2]
 prepare_process = launch.prepare_process  # As it is outside of the tests.
 
 
@@ -111,6 +115,43 @@ def test_its_value_is_the_exit_status():
     assert end.value.code == 3
 
 
+@pytest.mark.robustness(
+    "Runs",
+    given="a run that does not fit into memory",
+    outcome="one line, the first of what the backend says, and status 2",
+)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers:\n1"),
+         "error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n"),
+        (MemoryError(), "error: MemoryError\n"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_into_memory_is_one_line(error, said, capsys, monkeypatch):
+    def job():
+        raise error
+
+    monkeypatch.delenv("TILTJAX_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        launch.program(job)(["x"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == said
+
+
+def test_a_program_that_has_failed_ends_though_a_thread_waits():
+    code = (
+        "import threading\nfrom experiments import launch\nlaunch._PATIENCE = 0.2\n"
+        "@launch.program\ndef main():\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n    raise ValueError('no')\n"
+        "launch.run_program(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "error: no\n")
+
+
 @pytest.mark.parametrize("error", [ValueError, OSError, ImportError])
 def test_bad_input_is_one_line_and_status_2(error, capsys, monkeypatch):
     def job():
@@ -132,20 +173,6 @@ def test_another_error_is_a_bug_and_keeps_its_traceback():
 
     with pytest.raises(RuntimeError):
         launch.program(job)(["x"])
-
-
-def test_a_directory_takes_one_run(tmp_path):
-    config = Config(output=str(tmp_path))
-    assert launch.check_run(config, free=("resume",)) == tmp_path
-    save_config(config, tmp_path / "config.json")
-    with pytest.raises(ValueError, match="there is a run already; pass --resume"):
-        launch.check_run(config, free=("resume",))
-    again = dataclasses.replace(config, resume=True)
-    assert launch.check_run(again, free=("resume",)) == tmp_path
-    other = dataclasses.replace(again, steps=5, name="b")
-    with pytest.raises(ValueError, match=r"other settings: steps \(4 -> 5\), name \(a -> b\)"):
-        launch.check_run(other, free=("resume",))
-    assert launch.check_run(other, free=("resume", "steps", "name")) == tmp_path
 
 
 def test_the_command_says_what_is_not_default():

@@ -70,16 +70,41 @@ def test_nothing_to_score_calls_nothing():
     assert score(at(0, float("nan")), [], []).shape == (0,)
 
 
-def test_a_reward_that_raises_is_named_with_its_batch():
+@pytest.mark.robustness(
+    "Data",
+    given="a reward that raises, whatever it raises, SystemExit included",
+    outcome="one line with the reward, the error, and the prompt and completion on which it raised",
+)
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), SystemExit(3), GeneratorExit("gone")])
+def test_a_reward_that_raises_is_named_with_its_completion(error):
     def broken(prompts, completions):
-        return [1 / (len(completion.split()) - 7) for completion in completions]
+        if any(len(completion.split()) == 7 for completion in completions):
+            raise error
+        return [0.0] * len(completions)
 
-    with pytest.raises(
-        RewardError, match=r"reward 'broken' raised ZeroDivisionError on completions 5 to 9 of 12: division by zero"
-    ) as info:
+    said = rf"reward 'broken' raised {type(error).__name__} on completion 7 of 12: {error}; prompt 'prompt 1', comp"
+    with pytest.raises(RewardError, match=said) as info:
         score(broken, PROMPTS, COMPLETIONS, batch_size=5)
-    assert isinstance(info.value.__cause__, ZeroDivisionError)
+    assert info.value.__cause__ is error
     assert isinstance(info.value, ValueError)
+
+
+def test_a_reward_that_raises_on_no_half_is_named_with_its_batch():
+    def broken(prompts, completions):
+        if len(completions) == 5:
+            raise RuntimeError("too many")
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"raised RuntimeError on completions 0 to 4 of 12: too many$"):
+        score(broken, PROMPTS, COMPLETIONS, batch_size=5)
+
+
+def test_an_interrupt_is_none_of_a_reward():
+    def slow(prompts, completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(slow, PROMPTS, COMPLETIONS)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from tiltjax.rewards.gate import required_columns
 from tiltjax.rewards.puzzles import puzzle_rows
-from tiltjax.rewards.registry import SHIPPED, load_reward
+from tiltjax.rewards.registry import SHIPPED, load_reward, reward_code
 
 
 def test_every_shipped_reward_loads_and_rewards():
@@ -206,3 +206,50 @@ def test_importing_the_rewards_imports_no_optional_package():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]", out
+
+
+@pytest.mark.robustness(
+    "Runs",
+    given="a reward whose file, or a file beside it that it imports, was edited between a run and its --resume",
+    outcome="its code has another fingerprint: the run is refused, and so are its kept candidates",
+)
+def test_the_code_of_a_reward_has_a_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "edited_rewards.py").write_text(
+        "from edited_helper import half\ndef reward(p, c):\n    return half(c)\n"
+    )
+    (tmp_path / "edited_helper.py").write_text("def half(c):\n    return [len(x) / 2 for x in c]\n")
+    (tmp_path / "another.py").write_text("x = 1\n")
+
+    def code():
+        load_reward("edited_rewards:reward")
+        return reward_code("edited_rewards:reward?by=3")
+
+    first = code()
+    (tmp_path / "another.py").write_text("x = 2\n")
+    assert code() == first
+    (tmp_path / "edited_helper.py").write_text("def half(c):\n    return [len(x) / 3 for x in c]\n")
+    second = code()
+    with (tmp_path / "edited_rewards.py").open("a") as file:
+        file.write("# A word more.\n")
+    assert len({first, second, code()}) == 3
+    shipped = {name: reward_code(name) for name in ("length?target=3", "brevity", "reasoning_gym:chain_sum")}
+    assert shipped["length?target=3"] == shipped["brevity"] != shipped["reasoning_gym:chain_sum"]
+    for name in ("edited_rewards", "edited_helper"):
+        sys.modules.pop(name)
+
+
+@pytest.mark.robustness(
+    "Flags",
+    given="--reward=module:function of a module, or of a function that makes a reward, that ends the process or raises",
+    outcome="one line with the reward and the error, status 2",
+)
+def test_a_module_that_ends_the_process_is_an_error_of_the_reward(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaving_rewards.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ValueError, match="module 'leaving_rewards' cannot be imported: SystemExit"):
+        load_reward("leaving_rewards:reward")
+    (tmp_path / "making_rewards.py").write_text("def make(*, by):\n    raise SystemExit(by)\n")
+    with pytest.raises(ValueError, match=r"'making_rewards:make\?by=1': SystemExit: 1"):
+        load_reward("making_rewards:make?by=1")
+    sys.modules.pop("making_rewards")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import queue
 import re
 import shutil
 import signal
@@ -255,14 +256,16 @@ def gone(tmp_path_factory):
     """Hosts that lose another, in pairs that run at once: how the one that is left ended, when, and what it said."""
     home, silence = tmp_path_factory.mktemp("gone"), 8
     cases = {"coordinator killed": (0, signal.SIGKILL), "coordinator silent": (0, signal.SIGSTOP),
-             "other silent": (1, signal.SIGSTOP)}  # fmt: skip
-    pairs = {
-        name: start_hosts([], home / name.replace(" ", "-"), module="tests.train.hosts_talk", silence=silence)
-        for name in cases
-    }
+             "other silent": (1, signal.SIGSTOP), "coordinator killed, other alone": (0, signal.SIGKILL),
+             "other killed, coordinator alone": (1, signal.SIGKILL)}  # fmt: skip
+    pairs = {}
+    for name in cases:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOSTS_ALONE", "1" if "alone" in name else "")
+            pairs[name] = start_hosts([], home / name.replace(" ", "-"), "tests.train.hosts_talk", silence=silence)
     ends = {}
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while not all("talking" in log.read_text() for _, logs in pairs.values() for log in logs):
             assert time.monotonic() < deadline, [log.read_text() for _, logs in pairs.values() for log in logs]
             time.sleep(0.05)
@@ -283,8 +286,25 @@ def gone(tmp_path_factory):
     return {name: end | {"log": pairs[name][1][1 - cases[name][0]].read_text()} for name, end in ends.items()}
 
 
-@pytest.mark.parametrize("name", ["coordinator killed", "coordinator silent", "other silent"])
-def test_whoever_is_gone_the_other_ends_in_time_and_says_so(gone, name):
+@pytest.mark.robustness(
+    "Runs",
+    given="one of several hosts killed, while the others talk to it, sample or compile",
+    outcome="the others end at once with one line that says which was lost, status 3; --resume goes on",
+)
+@pytest.mark.parametrize(
+    "name", ["coordinator killed", "coordinator killed, other alone", "other killed, coordinator alone"]
+)
+def test_who_is_killed_is_missed_at_once(gone, name):
+    end = gone[name]
+    assert end["seconds"] < GRACE - 8  # Counted from the end of the silence that JAX waits for.
+    assert end["status"] == distributed.LOST, end["log"]
+    assert end["log"].splitlines()[-1].startswith("error: process ")
+    assert "cannot go on, another was probably lost (" in end["log"].splitlines()[-1]
+    assert "Fatal Python error" not in end["log"]
+
+
+@pytest.mark.parametrize("name", ["coordinator silent", "other silent"])
+def test_whoever_is_silent_the_other_ends_in_time_and_says_so(gone, name):
     """Whether Gloo or the coordinator of JAX is first to notice, and so whose message and status it is, may differ."""
     end = gone[name]
     assert end["seconds"] < GRACE
@@ -403,6 +423,21 @@ def test_half_a_configuration_is_refused_in_one_line(monkeypatch, hosts, message
         initialize(hosts)
     assert "\n" not in str(error.value)
     assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.robustness(
+    "Runs",
+    given="a coordinator that cannot be reached, or processes that do not come, at the start of a run on several hosts",
+    outcome="one line after --start_timeout seconds, and status 2",
+)
+def test_who_does_not_come_in_time_is_one_line(monkeypatch, capfd):
+    ends = queue.Queue()
+    monkeypatch.setattr(os, "_exit", ends.put)
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: ends.get(timeout=30))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    initialize(Hosts(coordinator="host0:1", num_processes=2, process_id=1, start_timeout=1))
+    assert capfd.readouterr().err == "error: not all processes met at host0:1 within 1 s\n"
 
 
 def test_nothing_configured_is_one_process(monkeypatch):

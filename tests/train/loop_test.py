@@ -190,12 +190,31 @@ def test_tensorboard_events_are_written(tmp_path):
     assert [p for p in (tmp_path / "tensorboard").iterdir() if "tfevents" in p.name]
 
 
-def test_half_a_line_of_metrics_is_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+@pytest.mark.robustness(
+    "Runs",
+    given="lines of metrics.jsonl that were lost or damaged before a run is resumed",
+    outcome="the steps without a line are named in one line of the log; the run goes on",
+)
+@pytest.mark.parametrize(
+    ("left", "lost"),
+    [
+        ([0, 1, "half"], "steps 2 are lost; the run goes on at step 3"),
+        ([0, 1, 2, 3, 4], None),
+        ([1, "half"], "steps 0, 2 are lost"),
+        (None, "steps 0 to 2 are lost"),
+    ],
+)
+def test_lines_of_metrics_that_are_lost_are_named(tmp_path, caplog, left, lost):
+    if left is not None:
+        lines = ['{"step": 2, "lo' if step == "half" else json.dumps({"step": step, "loss": 1.0}) for step in left]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     with MetricsWriter(tmp_path, resume_step=3) as writer:
         writer.write(3, {"loss": jnp.float32(4.0)})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 2.0}, {"step": 3, "loss": 4.0}]
+    assert lines == [{"step": step, "loss": 1.0} for step in left or [] if step in (0, 1, 2)] + [
+        {"step": 3, "loss": 4.0}
+    ]
+    assert (f"metrics.jsonl: the lines of {lost}" in caplog.text) if lost else not caplog.text
 
 
 def test_every_prompt_once_per_epoch_in_changing_order():

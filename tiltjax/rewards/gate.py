@@ -120,6 +120,27 @@ def _as_rewards(out: Any, size: int, name: str, where: str) -> np.ndarray:
         return array.astype(np.float32)
 
 
+def _culprit(ask: Callable[[int, int], Any], start: int, stop: int) -> int | None:
+    """The completion on which a reward raises that raised on a batch, found by halves; None where neither half does."""
+
+    def raises(start: int, stop: int) -> bool:
+        try:
+            ask(start, stop)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            return True
+        return False
+
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        halves = [half for half in ((start, middle), (middle, stop)) if raises(*half)]
+        if not halves:
+            return None
+        start, stop = halves[0]
+    return start
+
+
 def score(
     reward_fn: Callable[..., Any],
     prompts: Sequence[str],
@@ -149,8 +170,9 @@ def score(
       Rewards ``[M]``, float32, all finite.
 
     Raises:
-      RewardError: If the reward raises; returns not exactly one number per completion; returns NaN, an infinity or a
-        number beyond float32; or needs a column that is not there or not M long.
+      RewardError: If the reward raises, with the completion, which is found by asking for halves of its batch; returns
+        not exactly one number per completion; returns NaN, an infinity or a number beyond float32; or needs a column
+        that is not there or not M long.
       ValueError: If ``batch_size < 1``, or prompts and completions differ in number.
 
     Example:
@@ -166,15 +188,28 @@ def score(
     size = len(completions)
     extra = _select_columns(reward_fn, prompts, columns or {}, name)
     rewards = np.zeros(size, np.float32)
+
+    def ask(start: int, stop: int) -> Any:
+        batch = {column: values[start:stop] for column, values in extra.items()}
+        return reward_fn(list(prompts[start:stop]), list(completions[start:stop]), **batch)
+
     with tqdm.tqdm(total=size, desc=name, delay=_SLOW, disable=not progress, unit="completion") as bar:
         for start in range(0, size, batch_size):
             stop = min(start + batch_size, size)
             where = f"completions {start} to {stop - 1} of {size}"
-            batch = {column: values[start:stop] for column, values in extra.items()}
             try:
-                out = reward_fn(list(prompts[start:stop]), list(completions[start:stop]), **batch)
-            except Exception as error:
-                raise RewardError(f"reward {name!r} raised {type(error).__name__} on {where}: {error}") from error
+                out = ask(start, stop)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit too: a reward that ends the process ends in silence.
+                index = _culprit(ask, start, stop)
+                shown = ""
+                if index is not None:
+                    where = f"completion {index} of {size}"
+                    shown = f"; prompt {_SHORT.repr(prompts[index])}, completion {_SHORT.repr(completions[index])}"
+                raise RewardError(
+                    f"reward {name!r} raised {type(error).__name__} on {where}: {error}{shown}"
+                ) from error
             rewards[start:stop] = _as_rewards(out, stop - start, name, where)
             for index in (start + np.flatnonzero(~np.isfinite(rewards[start:stop]))).tolist():
                 raise RewardError(

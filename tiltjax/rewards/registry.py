@@ -34,7 +34,7 @@ from typing import Any
 from tiltjax.ops.checks import did_you_mean
 from tiltjax.rewards.extras import import_extra
 
-__all__ = ["SHIPPED", "load_reward", "parse_spec"]
+__all__ = ["SHIPPED", "load_reward", "parse_spec", "reward_code"]
 
 SHIPPED: dict[str, tuple[str, str, str | None]] = {
     "brevity": ("tiltjax.rewards.text", "brevity_reward", None),
@@ -168,7 +168,12 @@ def _call_factory(spec: str, factory: Callable[..., Any], options: dict[str, Any
     for key, value in options.items():
         if key in signature.parameters and signature.parameters[key].annotation is int and type(value) is not int:
             raise ValueError(f"reward {spec!r}: {key} must be an integer, got {value!r}")
-    return factory(**options)
+    try:
+        return factory(**options)
+    except (ValueError, ImportError, OSError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ValueError(f"reward {spec!r}: {type(error).__name__}: {error}") from error
 
 
 def load_reward(spec: str) -> Callable[..., Any]:
@@ -217,3 +222,54 @@ def load_reward(spec: str) -> Callable[..., Any]:
     if not callable(reward):
         raise ValueError(f"reward {spec!r} must be callable, got {type(reward).__name__}")
     return reward
+
+
+def reward_code(spec: str) -> str:
+    """Fingerprint of the code that `load_reward` runs for a spec: what was rewarded by other code is told apart.
+
+    It is of the text of the module's file, of the file in which the attribute is defined, and of the files that these
+    import from their own folder or below.
+
+    Args:
+      spec: As for `load_reward`, which has been called with it.
+
+    Returns:
+      16 hexadecimal digits.
+
+    Raises:
+      ValueError: If the spec names nothing.
+    """
+    name, _ = parse_spec(spec)
+    source, path = _split(name)
+    if name in SHIPPED:
+        source, path, _ = SHIPPED[name]
+    elif name.startswith(_PUZZLE):
+        source, path = "tiltjax.rewards.puzzles", "puzzle_reward"
+    module = _import(spec, source)
+    reward = _attribute(spec, module, source, path)
+    files = _files_of({module.__name__, getattr(reward, "__module__", None) or type(reward).__module__})
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _files_of(names: set[str]) -> list[pathlib.Path]:
+    """Source files of loaded modules and of what they import from their own folder or below, sorted."""
+    found: dict[pathlib.Path, None] = {}
+    waiting: list[Any] = [sys.modules[name] for name in sorted(names) if name in sys.modules]
+    while waiting:
+        module = waiting.pop()
+        file = _file_of(module)
+        if file is None or file in found:
+            continue
+        found[file] = None
+        for value in vars(module).values():
+            name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+            other = sys.modules.get(name) if isinstance(name, str) else None
+            beside = _file_of(other)
+            if beside is not None and beside.is_relative_to(file.parent):
+                waiting.append(other)
+    return sorted(found)
+
+
+def _file_of(module: Any) -> pathlib.Path | None:
+    file = getattr(module, "__file__", None)
+    return pathlib.Path(file).resolve() if file and file.endswith(".py") and pathlib.Path(file).exists() else None

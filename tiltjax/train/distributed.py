@@ -8,7 +8,6 @@ see, as Orbax asks too.
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train.config import field
+from tiltjax.train.lost import LOST, end, in_time, watch
 from tiltjax.types import Array, Int, PyTree
 
 __all__ = [
@@ -40,9 +40,6 @@ __all__ = [
     "share",
     "together",
 ]
-
-LOST = 3
-"""Exit status of a host that could not go on, most often because another was lost."""
 
 _ALONE = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 """Where a launcher says how many processes it started."""
@@ -93,7 +90,9 @@ def initialize(hosts: Hosts = Hosts()) -> None:
 
     Raises:
       ValueError: If it is configured by half, in one line that says what is missing.
-      RuntimeError: If the others cannot be reached in time, or JAX has been used already.
+      RuntimeError: If JAX has been used already.
+
+    Where the others do not come in time, the process ends in one line with status 2.
     """
     given: dict[str, Any] = {
         "coordinator": hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
@@ -113,14 +112,15 @@ def initialize(hosts: Hosts = Hosts()) -> None:
     with contextlib.suppress(AttributeError):
         jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            coordinator_address=given["coordinator"] or None,
-            num_processes=given["num_processes"],
-            process_id=given["process_id"],
-            initialization_timeout=hosts.start_timeout,
-            heartbeat_timeout_seconds=hosts.heartbeat_timeout,
-            shutdown_timeout_seconds=hosts.heartbeat_timeout,
-        )
+        with in_time(hosts.start_timeout, f"not all processes met at {given['coordinator'] or 'the coordinator'}"):
+            jax.distributed.initialize(
+                coordinator_address=given["coordinator"] or None,
+                num_processes=given["num_processes"],
+                process_id=given["process_id"],
+                initialization_timeout=hosts.start_timeout + 60,
+                heartbeat_timeout_seconds=hosts.heartbeat_timeout,
+                shutdown_timeout_seconds=hosts.heartbeat_timeout,
+            )
     except (TypeError, ValueError) as error:
         if not asked:
             return
@@ -131,6 +131,9 @@ def initialize(hosts: Hosts = Hosts()) -> None:
     except RuntimeError:
         if asked:
             raise
+        return
+    if jax.process_count() > 1:
+        watch(given["coordinator"].rpartition(":")[0], silence=hosts.heartbeat_timeout)
 
 
 def is_main() -> bool:
@@ -368,14 +371,7 @@ def ends_with_the_others() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or os.environ.get("TILTJAX_TRACEBACK"):
             raise
-        reason = str(error).strip().splitlines()[0]
-        sys.stdout.flush()
-        sys.stderr.write(
-            f"\nerror: process {jax.process_index()} of {jax.process_count()} cannot go on, another was probably lost "
-            f"({reason}); start all of them again with --resume to go on from the last checkpoint\n"
-        )
-        sys.stderr.flush()
-        os._exit(LOST)  # An orderly exit would wait for the host that is gone.
+        end(error)
 
 
 def _everywhere() -> NamedSharding:

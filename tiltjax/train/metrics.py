@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from tiltjax.types import Array, Float
 
 __all__ = ["Interval", "Journal", "Line", "MetricsWriter", "bootstrap_interval"]
 
+_LOG = logging.getLogger(__name__)
+
 
 class MetricsWriter:
     """Appends scalars to ``metrics.jsonl`` and to TensorBoard events; a context manager.
@@ -28,7 +31,8 @@ class MetricsWriter:
 
     Args:
       directory: Of the run.
-      resume_step: Lines of this step and later are dropped before the first write; None starts the file anew.
+      resume_step: Lines of this step and later are dropped before the first write, and steps before it that have no
+        line are named in the log; None starts the file anew.
     """
 
     def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None):
@@ -37,8 +41,10 @@ class MetricsWriter:
         folder = pathlib.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [] if resume_step is None or not path.exists() else _whole_lines(path, resume_step)
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        kept = {} if resume_step is None or not path.exists() else _whole_lines(path, resume_step)
+        if lost := _spans(step for step in range(resume_step or 0) if step not in kept):
+            _LOG.warning("%s: the lines of steps %s are lost; the run goes on at step %d", path, lost, resume_step)
+        write_text(path, "".join(f"{line}\n" for line in kept.values()))
         self._file = path.open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
 
@@ -122,16 +128,28 @@ def _floats(step: int, scalars: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def _whole_lines(path: pathlib.Path, before: int) -> list[str]:
-    kept = []
-    for line in path.read_text().splitlines():
+def _whole_lines(path: pathlib.Path, before: int) -> dict[int, str]:
+    """Lines of steps below ``before``, by step; one that is damaged, as by a kill while it was written, is left out."""
+    kept: dict[int, str] = {}
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError):
-            break  # The line that was being written when the run was killed.
+            step = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
         if step < before:
-            kept.append(line)
+            kept.setdefault(step, line)
     return kept
+
+
+def _spans(steps: Iterable[int]) -> str:
+    """``3, 4, 5, 9`` as "3 to 5, 9"."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and spans[-1][1] == step - 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in spans)
 
 
 class Interval(NamedTuple):
