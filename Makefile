@@ -33,7 +33,8 @@ arena: $(STAMP)  ## Fifty-three methods beside the exact optimum, into runs/aren
 theory: $(STAMP)  ## Every claim about the tilt, with its verdict, into runs/theory.md (under 8 minutes on two cores).
 	$(BIN)/python -m experiments.theory
 
-docs: $(STAMP)  ## Regenerate the committed pages: docs/methods.md and docs/theory.md.
+docs: $(STAMP)  ## Regenerate the committed pages: docs/methods.md and docs/theory.md, and the figures of README.
+	$(BIN)/python -m experiments.align_page
 	$(BIN)/python -m experiments.methods
 	$(BIN)/python -m experiments.theory --output=docs
 
