@@ -37,6 +37,7 @@ import numpy as np
 from experiments import reporting
 from experiments.align_config import FREE, HOW, AlignConfig, resolved
 from experiments.align_fit import tune
+from experiments.align_law import described, share_cut
 from experiments.align_online import improve
 from experiments.align_world import World, prepare
 from experiments.launch import program, run_program
@@ -120,11 +121,15 @@ def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: T
         "tilt_kl": bootstrap_interval(theory.tilt_kl),
         "ess": bootstrap_interval(theory.ess),
         "points": points,
+        "law": described(config, evaluation=True),
+        "truncated": {"reference": share_cut(held_out, text.end_ids(world.tokenizer))},
     }
     if config.method != "soft_best_of_n":
         sampled, tuned_texts = world.rollout("heldout-tuned", tuned, name="heldout tuned")
+        results["truncated"]["tuned"] = share_cut(sampled, text.end_ids(world.tokenizer))
         logp = np.asarray(sequence_logp(sampled.old_token_logp, sampled.completion_mask))
-        log_ratio, tuned_reward = logp - world.ref_logp(sampled, "score tuned"), np.asarray(sampled.reward)
+        ref_logp = world.ref_logp(sampled, "score tuned", temperature=config.eval_temperature)
+        log_ratio, tuned_reward = logp - ref_logp, np.asarray(sampled.reward)
         points["tuned"] = [evaluate.policy_point(config.method, tuned_reward, log_ratio)]
         results["improvement"] = bootstrap_interval(tuned_reward.mean(1) - reward.mean(1))
         results["objective"] = bootstrap_interval((tuned_reward - beta * log_ratio).mean(1))

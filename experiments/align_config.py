@@ -6,6 +6,16 @@ import json
 from typing import Any
 
 from experiments.align_given import NEEDS
+from experiments.align_law import (
+    check_law,
+    eval_temperature_field,
+    filtered,
+    mask_truncated_field,
+    temperature_field,
+    temperatures,
+    top_k_field,
+    top_p_field,
+)
 from experiments.run_directory import overwrite_field
 from tiltjax.models.config import ATTENTION, REMAT
 from tiltjax.ops.checks import check_at_least, check_positive
@@ -86,9 +96,18 @@ def attention_field() -> Any:
     )
 
 
-def record_of(name: str, *, num_candidates: int, steps: int) -> Method:
-    """The record, with the run's number of candidates where it is free, and no more rounds than steps."""
+def record_of(name: str, *, num_candidates: int, steps: int, temperature: float | None = None) -> Method:
+    """The record, with the run's number of candidates where it is free, and no more rounds than steps.
+
+    Args:
+      name: On the command line.
+      num_candidates: Of the run.
+      steps: Of the run.
+      temperature: At which the run draws; None leaves the record's.
+    """
     record = methods.METHODS[RECORDS[name]]
+    if temperature is not None:
+        record = dataclasses.replace(record, temperature=temperature)
     if len(record.draw) == 1 and record.draw[0][1] > 2:
         record = dataclasses.replace(record, draw=((record.draw[0][0], num_candidates),))
     if record.rounds is not None and steps % record.rounds:
@@ -150,7 +169,8 @@ def _defaults(config: Any) -> dict[str, float]:
         own = None if record is None else record.learning_rate
         rate = ADAPTER_RATE if config.lora_rank else (own or FULL_RATE)
     report = config.report_beta
-    return {"beta": beta, "learning_rate": rate, "report_beta": (beta or OWN_BETA) if report is None else report}
+    resolved = {"beta": beta, "learning_rate": rate, "report_beta": (beta or OWN_BETA) if report is None else report}
+    return resolved | temperatures(config, record)
 
 
 def resolved(config: Any) -> str:
@@ -219,6 +239,11 @@ class AlignConfig:
     num_prompts: int = field(64, "Training prompts, from the top of the file.")
     num_eval_prompts: int = field(32, "Held-out prompts: of the rows after those, the ones that repeat none.")
     max_tokens: int = field(24, "Longest completion, tokens.")
+    temperature: float = temperature_field()
+    top_k: int = top_k_field()
+    top_p: float = top_p_field()
+    eval_temperature: float = eval_temperature_field()
+    mask_truncated: bool = mask_truncated_field()
     fit_candidates: int = field(
         4, "tilted_mle: fit this many candidates per prompt, resampled from the tilt; 0 fits all N, each by its weight."
     )
@@ -282,6 +307,8 @@ class AlignConfig:
             check_at_least(name, getattr(self, name), 1)
         for name in ("lora_rank", "fit_candidates"):
             check_at_least(name, getattr(self, name), 0)
+        check_law(self)
+        self._check_filters()
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size={self.batch_size}, got {self.microbatches}")
         if self.batch_size > self.num_prompts and self.method != "soft_best_of_n":
@@ -300,6 +327,13 @@ class AlignConfig:
             for flag, needs in NEEDS.items():
                 if needs(record) and not getattr(self, flag):
                     raise ValueError(f"--method={self.method} needs --{flag}")
+
+    def _check_filters(self) -> None:
+        record = own_record(self.method)
+        across = self.method == "var" or (record is not None and record.cross > 1)
+        if filtered(self) and (across or self.pack):
+            why = "with pack" if self.pack else f"for method={self.method}, which scores completions of other prompts"
+            raise ValueError(f"top_k must be 0 and top_p 1 {why}; got top_k={self.top_k}, top_p={self.top_p}")
 
     @property
     def in_rounds(self) -> bool:

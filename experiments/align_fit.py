@@ -95,22 +95,25 @@ def whole(trained: Params, frozen: Params) -> Transformer:
 
 def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
     """``(rows, step -> which of them, loss function)`` of the method."""
-    config = world.config
+    config, drawn = world.config, _masked(world, drawn)
     if config.method == "var":
         blocks, B = var_blocks(world, drawn), config.batch_size
         which = epoch_batches(len(blocks), 1, seed=config.seed)
         rows = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
-        return rows, lambda step: which(step)[0] * B + np.arange(B), var_objective(beta=config.beta)
+        objective = var_objective(beta=config.beta, temperature=config.temperature)
+        return rows, lambda step: which(step)[0] * B + np.arange(B), objective
     if config.method == "dpo":
         worst = best_of_n(-jnp.asarray(drawn.reward))
         pair = np.stack([best_of_n(jnp.asarray(drawn.reward)), worst], axis=1)
-        drawn = world.with_reference("train-pairs", batches.select(drawn, pair), "score reference")
+        pairs = batches.select(drawn, pair)
+        drawn = world.with_reference("train-pairs", pairs, "score reference", temperature=config.temperature)
         chosen, rejected = np.asarray(drawn.reward).T
         decided = np.stack([chosen > rejected] * 2, axis=1)  # A prompt whose candidates all tie teaches nothing.
         real = batches.learned(drawn)  # A pair counts where both do.
         drawn = dataclasses.replace(drawn, where=decided if real is None else decided & real.all(1, keepdims=True))
-    if config.method == "sft":
-        drawn = world.given.each(drawn)
+    temperature = config.temperature
+    if config.method == "sft":  # No law of the policy drew what it imitates.
+        drawn, temperature = _masked(world, world.given.each(drawn)), 1.0
     kernel = method_kernel(config.method, beta=config.beta)
     if config.method == "tilted_mle" and config.fit_candidates:
         key = stream(config.seed, "resample")
@@ -122,8 +125,14 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
     options: dict[str, Any] = {"seed": config.seed, "lengths": positions, "window": config.length_window}
     order = epoch_batches(len(drawn.prompt), config.batch_size, **options)
     if config.pack:
-        return (drawn, np.asarray(candidate_weights(kernel, drawn))), order, packed_objective()
-    return drawn, order, likelihood_objective(kernel)
+        return (drawn, np.asarray(candidate_weights(kernel, drawn))), order, packed_objective(temperature=temperature)
+    return drawn, order, likelihood_objective(kernel, temperature=temperature)
+
+
+def _masked(world: World, data: Candidates) -> Candidates:
+    """Without the completions that are cut, where the run leaves them out of its loss."""
+    ends = text.end_ids(world.tokenizer)
+    return batches.without_truncated(data, ends) if world.config.mask_truncated else data
 
 
 def bucketed(world: World, data: Candidates | VarBatch, order: Callable[[int], np.ndarray]) -> list[tuple[int, ...]]:
@@ -204,7 +213,8 @@ def var_blocks(world: World, drawn: Candidates) -> list[VarBatch]:
         if part.loss_mask is not None:
             mask = np.broadcast_to(part.loss_mask.reshape(1, B * N, T), (*shape, T)).copy()
             crossed = dataclasses.replace(crossed, loss_mask=mask)
-        crossed = world.with_reference(f"train-crossed-{start // B}", crossed, f"score across prompts {start // B + 1}")
+        name, at = f"train-crossed-{start // B}", config.temperature
+        crossed = world.with_reference(name, crossed, f"score across prompts {start // B + 1}", temperature=at)
         texts = text.decode_completions(world.tokenizer, crossed.completion, crossed.completion_mask)
         reward = world.score(world.rows["train"][start : start + B], texts)
         swap = lambda x: np.swapaxes(x.reshape(B, B, N), 1, 2).copy()  # noqa: E731, B023

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.align_law import report_cut
 from tiltjax.data import text
-from tiltjax.data.candidates import Candidates, pad, supervised, take
+from tiltjax.data.candidates import Candidates, alike, pad, supervised, take
 from tiltjax.data.datasets import DataError, read, with_columns
 from tiltjax.data.rows import parse_row
 from tiltjax.rewards.gate import required_columns
@@ -54,12 +55,14 @@ class Given:
 
     Attributes:
       demonstrations: Token ids of the demonstrations of every training prompt, or None.
+      learned: For each of their tokens whether it is learned from; None means all.
       corpus: One completion for each of its own prompts, or None.
       cost: A reward whose values above 0 mean harm, or None.
       fingerprint: Of all of it; empty where there is nothing.
     """
 
     demonstrations: list[list[list[int]]] | None = None
+    learned: list[list[list[bool]]] | None = None
     corpus: Candidates | None = None
     cost: Any = None
     fingerprint: str = ""
@@ -67,21 +70,34 @@ class Given:
     def demonstrated(self, key: PRNGKey, rows: Int[Array, " B"], prompts: Candidates, num: int) -> Candidates:
         """``num`` demonstrations of each of the training prompts ``rows``, in an order that the key decides."""
         assert self.demonstrations is not None
-        T, rng, picked = prompts.completion.shape[-1], _generator(key), []
-        for row in rows:
-            told = self.demonstrations[row]
-            picked += [told[i] for i in np.resize(rng.permutation(len(told)), num)]
-        tokens, mask = pad(picked, length=T, truncate="right")
-        shape = (len(rows), num, T)
-        return _undrawn(prompts, tokens.reshape(shape), mask.reshape(shape))
+        rng = _generator(key)
+        each = [np.resize(rng.permutation(len(self.demonstrations[row])), num).tolist() for row in rows]
+        picked = [(int(row), i) for row, places in zip(rows, each, strict=True) for i in places]
+        return self._undrawn(prompts, picked, (len(rows), num))
 
     def each(self, prompts: Candidates) -> Candidates:
         """Every demonstration of every training prompt as a row of its own, with its prompt."""
         assert self.demonstrations is not None
-        rows = np.repeat(np.arange(len(self.demonstrations)), [len(told) for told in self.demonstrations])
-        flat = [one for told in self.demonstrations for one in told]
-        tokens, mask = pad(flat, length=prompts.completion.shape[-1], truncate="right")
-        return _undrawn(take(prompts, rows), tokens[:, None], mask[:, None])
+        picked = [(row, i) for row, told in enumerate(self.demonstrations) for i in range(len(told))]
+        return self._undrawn(take(prompts, [row for row, _ in picked]), picked, (len(picked), 1))
+
+    def _undrawn(self, prompts: Candidates, picked: list[tuple[int, int]], shape: tuple[int, int]) -> Candidates:
+        """Those demonstrations ``(row, place)`` as candidates, cut at the width of the completions."""
+        assert self.demonstrations is not None
+        T = prompts.completion.shape[-1]
+        tokens, mask = pad([self.demonstrations[row][i] for row, i in picked], length=T, truncate="right")
+        loss_mask = None
+        if self.learned is not None:
+            rows = [np.asarray(self.learned[row][i], np.int32) for row, i in picked]
+            loss_mask = (pad(rows, length=T, truncate="right")[0] > 0).reshape(*shape, T)
+        return Candidates(
+            prompt=prompts.prompt,
+            prompt_mask=prompts.prompt_mask,
+            completion=tokens.reshape(*shape, T),
+            completion_mask=mask.reshape(*shape, T),
+            loss_mask=loss_mask,
+            old_token_logp=np.zeros((*shape, T), np.float32),
+        )
 
     def mixed_in(self, key: PRNGKey, place: Bool[np.ndarray, " N"], drawn: Candidates, told: Feedback) -> tuple:
         """The batch with as many rows again: a text of the corpus on its own prompt, in the corpus's place among N.
@@ -98,7 +114,9 @@ class Given:
         assert self.corpus is not None
         B, N, T = drawn.completion.shape
         S = max(drawn.prompt.shape[1], self.corpus.prompt.shape[1])
-        text_ = take(self.corpus, _generator(key).integers(len(self.corpus.prompt), size=B))
+        support, mine = drawn.support, dataclasses.replace(drawn, support=None)
+        drawn, corpus = alike([mine, self.corpus])
+        text_ = take(corpus, _generator(key).integers(len(self.corpus.prompt), size=B))
         wide = lambda x: np.pad(x, [(0, 0), (0, S - x.shape[1])])  # noqa: E731
         every = lambda x: np.broadcast_to(x, (B, N, T))  # noqa: E731
         where = np.stack([np.broadcast_to(~place, (B, N)), np.broadcast_to(place, (B, N))])
@@ -111,6 +129,8 @@ class Given:
             completion_mask=mask,
             old_token_logp=both(drawn.old_token_logp, np.zeros((B, N, T), np.float32)),
             where=where.reshape(2 * B, N),
+            loss_mask=None if drawn.loss_mask is None else both(drawn.loss_mask, every(text_.loss_mask)),
+            support=None if support is None else both(support, np.full_like(support, 255)),
         )
         return batch, jax.tree.map(lambda x: both(x, np.zeros_like(x)), told)
 
@@ -170,11 +190,15 @@ def load_given(
         told = texts["demonstrations"]
         prompts = [row.prompt for row, group in zip(rows, told, strict=True) for _ in group]
         templates = [row.template for row, group in zip(rows, told, strict=True) for _ in group]
-        flat = text.encode_completions(
+        both = text.encode_completions_masked(
             tokenizer, [one for group in told for one in group], prompts=prompts, templates=templates
         )
+        report_cut("demonstrations", both[0], config.max_tokens, masked=config.mask_truncated)
         ends = np.cumsum([len(group) for group in told]).tolist()
-        found["demonstrations"] = [flat[end - len(group) : end] for end, group in zip(ends, told, strict=True)]
+        found["demonstrations"], learned = (
+            [flat[end - len(group) : end] for end, group in zip(ends, told, strict=True)] for flat in both
+        )
+        found["learned"] = None if all(all(bools) for bools in both[1]) else learned
         parts.append(repr(told))
     if "corpus" in texts:
         found["corpus"] = _corpus(config, texts["corpus"], tokenizer)
@@ -256,8 +280,9 @@ def _corpus(config: Any, rows: Sequence[Any], tokenizer: text.Tokenizer) -> Cand
     encoded = iter(text.encode_prompts(tokenizer, [row.prompt for row in asked], **options))
     prompts = [next(encoded) if row.prompt else start for row in rows]
     options = {"prompts": [row.prompt for row in rows], "templates": [row.template for row in rows]}
-    said = text.encode_completions(tokenizer, [row.completion for row in rows], **options)
-    options = {"pad_id": text.pad_id(tokenizer), "completion_length": config.max_tokens}
+    said, learned = text.encode_completions_masked(tokenizer, [row.completion for row in rows], **options)
+    report_cut("corpus", said, config.max_tokens, masked=config.mask_truncated)
+    options = {"pad_id": text.pad_id(tokenizer), "completion_length": config.max_tokens, "loss_mask": learned}
     return supervised(prompts, said, truncate=True, **options)
 
 
@@ -346,9 +371,3 @@ def _same(one: str, other: str) -> bool:
 
 def _generator(key: PRNGKey) -> np.random.Generator:
     return np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-
-
-def _undrawn(prompts: Candidates, tokens: np.ndarray, mask: np.ndarray) -> Candidates:
-    zeros = np.zeros(tokens.shape, np.float32)
-    asked = {"prompt": prompts.prompt, "prompt_mask": prompts.prompt_mask}
-    return Candidates(**asked, completion=tokens, completion_mask=mask, old_token_logp=zeros)

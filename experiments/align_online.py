@@ -15,9 +15,10 @@ from tqdm import tqdm
 from experiments.align_config import AlignConfig, record_of
 from experiments.align_fit import adapters, fingerprint_of, optimizer, whole
 from experiments.align_given import NEEDS, feedback, load_given
+from experiments.align_law import law, share_cut
 from experiments.align_world import World
 from tiltjax.data import text
-from tiltjax.data.candidates import Candidates, concatenate, pad, take
+from tiltjax.data.candidates import Candidates, concatenate, pad, take, without_truncated
 from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import checkpoint, distributed, rounds
@@ -48,7 +49,8 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
       The policy after the last round.
     """
     config, mesh = world.config, world.mesh
-    record = record_of(config.method, num_candidates=config.num_candidates, steps=config.steps)
+    numbers = {"num_candidates": config.num_candidates, "steps": config.steps}
+    record = record_of(config.method, temperature=config.temperature, **numbers)
     if any(needs(record) and getattr(world.given, name) is None for name, needs in NEEDS.items()):
         world = dataclasses.replace(world, given=load_given(config, record, world.rows["train"], world.tokenizer))
     count = record.rounds or config.steps
@@ -64,7 +66,7 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
         params = distributed.replicate(players.state.params, mesh)
         return whole(params["model"] if isinstance(params, dict) else params, frozen)
 
-    silent = not distributed.is_main()
+    silent, ends = not distributed.is_main(), text.end_ids(world.tokenizer)
     with (
         Journal(world.directory, resume_step=first if first else None) as journal,
         checkpoint.Saver(folder, fingerprint=fingerprint) as saver,
@@ -74,7 +76,8 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
             key, learn = jax.random.split(jax.random.fold_in(stream(config.seed, "rounds"), r))
             drawn, told, draws = draw(at_work(players, record.sources, frozen=frozen), key, r)
             players, scalars = fit(players, drawn, told, learn)
-            more = {"drawn_reward": _drawn_reward(told, drawn)} | ({"draws": draws} if record.resample else {})
+            more = {"drawn_reward": _drawn_reward(told, drawn), "truncated": share_cut(drawn, ends, record)}
+            more |= {"draws": draws} if record.resample else {}
             line = journal.write(r, {**scalars, **more})
             values = line.values()
             bar.set_postfix_str(json.dumps({k: round(values[k], 3) for k in ("reward", "kl_k1") if k in values}))
@@ -145,12 +148,13 @@ def _drawing(
     place = batch_sharding(world.mesh)
     mine = distributed.host_rows(place, B)
     asked, order = _prompts(world), epoch_batches(config.num_prompts, B, seed=config.seed)
+    ends = text.end_ids(world.tokenizer)
     corpus = np.array([source == "corpus" for source, num in record.draw for _ in range(num)])
     write = model_sample(
         max_tokens=config.max_tokens,
-        eos_id=text.end_ids(world.tokenizer),
+        eos_id=ends,
         pad_id=text.pad_id(world.tokenizer),
-        temperature=record.temperature,
+        **law(config),
         mixture=record.mixture,
         slots=None if config.sample_batch >= B else config.sample_batch * record.num_candidates,
         mesh=world.mesh,
@@ -191,7 +195,7 @@ def _drawing(
             good, seen, draws = _informative(told), seen | set(left.tolist()), draws + 1
         if corpus.any():
             drawn, told = given.mixed_in(jax.random.fold_in(key, 1 + record.resample), corpus, drawn, told)
-        return drawn, told, draws
+        return without_truncated(drawn, ends) if config.mask_truncated else drawn, told, draws
 
     def draw(players: Players, key: PRNGKey, r: int) -> tuple[Candidates, Feedback, float]:
         def start(m: int) -> list[Candidates]:

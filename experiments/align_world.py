@@ -1,7 +1,9 @@
 """What `experiments.align` works with, and how it draws candidates of a model and scores them."""
 
 import dataclasses
+import functools
 import hashlib
+import logging
 import pathlib
 from typing import Any
 
@@ -11,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.align_config import RECORDS, AlignConfig
 from experiments.align_given import LEARNED, Given, load_given, needed_columns, read_given
+from experiments.align_law import law, share_cut
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
@@ -32,6 +35,8 @@ from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec
 from tiltjax.train.streams import stream
 
 __all__ = ["World", "prepare", "prompt_rows", "score_rows"]
+
+_LOG = logging.getLogger(__name__)
 
 PROMPTS = pathlib.Path(__file__).parent / "prompts"
 DOUBLINGS = 6
@@ -59,6 +64,8 @@ class World:
     fingerprint: str
     given: Given
     parts: dict[str, str] = dataclasses.field(default_factory=dict)
+    evaluator: Any = None
+    """Sampler of held-out prompts."""
 
     @property
     def places(self) -> int:
@@ -76,6 +83,7 @@ class World:
         path = self.directory / "candidates" / f"{split}.npz"
         if distributed.agree(path.exists()):
             drawn = batches.load(path, fingerprint=self.fingerprint, vocab_size=self.model.config.vocab_size)
+            self._note_cut(split, drawn)
             return drawn, self.texts(drawn)
         size = config.sample_batch * min(QUEUE, -(-len(rows) // config.sample_batch))
         everywhere = NamedSharding(self.mesh, PartitionSpec())  # The sampler then divides candidates.
@@ -83,7 +91,7 @@ class World:
             stream(config.seed, f"sample {name}"),
             model,
             self.encode(rows),
-            sampler=self.sampler,
+            sampler=self.evaluator if split.startswith("heldout") else self.sampler,
             pad_id=text.pad_id(self.tokenizer),
             batch_size=size,
             reward=lambda places, part: self.score([rows[i] for i in places], self.texts(part)),
@@ -93,7 +101,12 @@ class World:
             description=f"sample {split}",
         )
         distributed.by_main(lambda: batches.save(path, drawn, fingerprint=self.fingerprint))
+        self._note_cut(split, drawn)
         return drawn, self.texts(drawn)
+
+    def _note_cut(self, split: str, drawn: Candidates) -> None:
+        share, most = share_cut(drawn, text.end_ids(self.tokenizer)), self.config.max_tokens
+        _LOG.info("%s: %.0f%% of the completions were cut at max_tokens=%d", split, 100 * share, most)
 
     def encode(self, rows: list) -> list[list[int]]:
         """Token ids of prompts that completions of ``max_tokens`` are to follow."""
@@ -114,27 +127,33 @@ class World:
             return np.zeros((0, each), np.float32)
         return score_rows(self.reward, rows, completions, name=self.config.reward)
 
-    def ref_logp(self, drawn: Candidates, description: str) -> np.ndarray:
-        """Log-probability of every completion under the reference, by the scorer."""
+    def ref_logp(self, drawn: Candidates, description: str, *, temperature: float) -> np.ndarray:
+        """Log-probability of every completion under the reference.
+
+        Args:
+          drawn: Completions; of those that a filter drew, the reference is restricted to what it left.
+          description: Of the progress bar.
+          temperature: At which they were drawn.
+        """
         return score_all(
             self.model,
             drawn,
             batch_size=self.scored_batch,
-            scorer=self.scorer,
+            scorer=self.scorer(temperature),
             buckets=4 if len(drawn.prompt) > self.scored_batch else 1,  # Many calls of one batch: one shape.
             sharding=batch_sharding(self.mesh),
             description=description,
         )
 
-    def with_reference(self, name: str, drawn: Candidates, description: str) -> Candidates:
-        """The same candidates with ``ref_logp``, computed once and kept in ``candidates/<name>.npz``.
+    def with_reference(self, name: str, drawn: Candidates, description: str, *, temperature: float) -> Candidates:
+        """The same candidates with ``ref_logp`` (see there), computed once and kept in ``candidates/<name>.npz``.
 
         A file that another reference, tokenizer, prompt or setting has made is refused.
         """
         path = self.directory / "candidates" / f"{name}.npz"
         if distributed.agree(path.exists()):
             return batches.load(path, fingerprint=self.fingerprint, vocab_size=self.model.config.vocab_size)
-        drawn = dataclasses.replace(drawn, ref_logp=self.ref_logp(drawn, description))
+        drawn = dataclasses.replace(drawn, ref_logp=self.ref_logp(drawn, description, temperature=temperature))
 
         def keep():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,14 +266,20 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     check_memory(drawing, model.config, held=held, limit=memory_limit())
     given = load_given(config, record, train, tokenizer, texts)
-    sampler = make_sampler(
-        num_candidates=config.num_candidates,
-        max_tokens=config.max_tokens,
-        eos_id=text.end_ids(tokenizer),
-        pad_id=text.pad_id(tokenizer),
-        slots=config.sample_batch * config.num_candidates,
-        mesh=mesh,
+    sampler, evaluator = (
+        make_sampler(
+            num_candidates=config.num_candidates,
+            max_tokens=config.max_tokens,
+            eos_id=text.end_ids(tokenizer),
+            pad_id=text.pad_id(tokenizer),
+            slots=config.sample_batch * config.num_candidates,
+            mesh=mesh,
+            **law(config, evaluation=evaluation),
+        )
+        for evaluation in (False, True)
     )
+    if config.eval_temperature == config.temperature:
+        evaluator = sampler  # One compilation.
     # Candidates are kept for a resumed run; an edited prompt file or another policy under the same name is refused.
     parts = {
         "settings": config.fingerprint(),
@@ -274,7 +299,8 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         rows={"train": train, "heldout": held_out},
         mesh=mesh,
         sampler=sampler,
-        scorer=make_scorer(),
+        evaluator=evaluator,
+        scorer=functools.cache(lambda temperature: make_scorer(temperature=temperature)),
         fingerprint=_digest("\n".join(parts.values())),
         given=given,
         parts=parts,

@@ -92,8 +92,10 @@ ROLES: dict[str, dict[str, str]] = {
     },
     "tiltjax.samplers.denoise": {"part": "ddim ddpm ddpm_path levels probability_flow reverse_kernel twisted_mean"},
     "tiltjax.samplers.continuous": {"part": "decode_queue grid_of occupancy"},
-    "tiltjax.samplers.decode": {"part": "candidate_keys decode draw"},
-    "tiltjax.samplers.logits": {"part": "categorical categorical_and_logp greedy min_p processed temper top_k top_p"},
+    "tiltjax.samplers.decode": {"part": "blank candidate_keys decode decoded draw"},
+    "tiltjax.samplers.logits": {
+        "part": "categorical categorical_and_logp greedy min_p processed support_of temper top_k top_p"
+    },
     "tiltjax.losses.mle": {
         "fits": "sft_loss weighted_mle_loss tilted_mle_loss var_loss var_importance_loss best_of_n_sft_loss "
         "reward_weighted_regression_loss advantage_weighted_regression_loss",

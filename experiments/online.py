@@ -43,6 +43,14 @@ from experiments.align_config import (
     report_beta_field,
     resolved,
 )
+from experiments.align_law import (
+    LAW,
+    eval_temperature_field,
+    mask_truncated_field,
+    temperature_field,
+    top_k_field,
+    top_p_field,
+)
 from experiments.launch import program, run_program
 from experiments.online_measure import task_numbers
 from experiments.online_world import make_bench, play, reference
@@ -79,6 +87,11 @@ class OnlineConfig:
     gold: str = field("sentiment", "Independent reward of the task sentiment: as in experiments.align.")
     beta: float | None = beta_field()
     report_beta: float = report_beta_field()
+    temperature: float | None = temperature_field()
+    top_k: int = top_k_field()
+    top_p: float = top_p_field()
+    eval_temperature: float | None = eval_temperature_field()
+    mask_truncated: bool = mask_truncated_field()
     steps: int = field(12, "Rounds: in each, candidates of --batch_size prompts are drawn, and a step is taken.")
     batch_size: int = field(8, "Prompts per round.")
     num_candidates: int = field(8, "N, candidates per prompt in training, where the method leaves it free.")
@@ -113,6 +126,8 @@ class OnlineConfig:
         check_fields(self)
         if self.report_beta is None:
             object.__setattr__(self, "report_beta", self.beta or OWN_BETA)
+        if self.eval_temperature is None:  # One for all methods: they are compared.
+            object.__setattr__(self, "eval_temperature", 1.0 if self.temperature is None else self.temperature)
         for name, allowed in (("task", TASKS), ("methods", tuple(RECORDS))):
             for part in self.parts(name):
                 check_choice(name, part, allowed)
@@ -132,9 +147,9 @@ class OnlineConfig:
         """The settings of a task and a method, as `experiments.align` has them; "" is the world of the task alone."""
         puzzle = f"reasoning_gym:{self.puzzle}"
         read = self.puzzle_candidates if task == "puzzles" else self.sentiment_candidates
-        same = ("policy", "report_beta", "num_prompts", "num_eval_prompts", "steps", "batch_size", "learning_rate",
-                "lora_rank", "mesh", "compute_dtype", "remat", "attention", "sample_batch", "checkpoint_every", "seed",
-                "resume")  # fmt: skip
+        same = (*LAW, "mask_truncated", "policy", "report_beta", "num_prompts", "num_eval_prompts", "steps",
+                "batch_size", "learning_rate", "lora_rank", "mesh", "compute_dtype", "remat", "attention",
+                "sample_batch", "checkpoint_every", "seed", "resume")  # fmt: skip
         settings: dict[str, Any] = {name: getattr(self, name) for name in same}
         settings["beta"] = self.beta if method else self.report_beta
         return AlignConfig(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.align_law import described
 from experiments.launch import command
 from experiments.online_world import Reading
 from experiments.reporting import STYLE, plt
@@ -97,16 +98,17 @@ def _setting(config: Any) -> str:
 
 
 def _question(task: str, config: Any) -> str:
+    law = described(config, evaluation=True)
     if task == "puzzles":
         return (
             f"`reasoning_gym:{config.puzzle}`, the prompt as it is, at most {config.puzzle_tokens} tokens; the last "
             f"number of a completion is its answer. {config.puzzle_candidates} completions of each held-out prompt, "
-            "sampled at temperature 1. No question of the held-out set is among those of training."
+            f"sampled at {law}. No question of the held-out set is among those of training."
         )
     draws = config.sentiment_candidates * config.reference_draws
     return (
         f"Prompts `{config.prompts}`, at most {config.sentiment_tokens} tokens; {config.sentiment_candidates} "
-        f"completions of each held-out prompt, sampled at temperature 1, of the reference {draws}. The reward is the "
+        f"completions of each held-out prompt, sampled at {law}, of the reference {draws}. The reward is the "
         f"proxy `{config.proxy}`; `{config.gold}` is the gold reward, which nothing is trained on."
     )
 

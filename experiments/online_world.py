@@ -88,7 +88,7 @@ def make_bench(name: str, config: AlignConfig, directory: pathlib.Path, *, gold:
     if not gold:
         ends: dict[str, Any] = {"eos_id": text.end_ids(world.tokenizer), "pad_id": text.pad_id(world.tokenizer)}
         sampler = make_sampler(num_candidates=1, max_tokens=config.max_tokens, temperature=0.0, **ends)
-        alone = dataclasses.replace(world, sampler=sampler)
+        alone = dataclasses.replace(world, evaluator=sampler)
     return Bench(name=name, world=world, greedy=alone, gold=independent)
 
 
@@ -111,7 +111,8 @@ def _read(bench: Bench, directory: pathlib.Path, method: str, policy: Transforme
     reward = np.asarray(drawn.reward)
     log_ratio = np.zeros(reward.shape)
     if played:
-        referred = world.with_reference(f"scored-{played}", drawn, "score reference")
+        at = world.config.eval_temperature
+        referred = world.with_reference(f"scored-{played}", drawn, "score reference", temperature=at)
         log_ratio = np.asarray(sequence_logp(drawn.old_token_logp, drawn.completion_mask) - referred.ref_logp)
     greedy = None
     if bench.greedy is not None:

@@ -12,6 +12,7 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments.align_law import described
 from experiments.launch import command
 from tiltjax.tilt.weights import tilt
 from tiltjax.train.config import write_text
@@ -162,6 +163,7 @@ def _report(config: Any, results: dict, samples: list[dict], table: str, train: 
         f"prompt, {config.num_prompts} training and {config.num_eval_prompts} held-out prompts, completions of at most "
         f"{config.max_tokens} tokens.",
         f"Settings: {results['settings']}.",
+        _law(config, results),
         "## Held-out prompts",
         table,
         verdict(results),
@@ -187,6 +189,19 @@ def _report(config: Any, results: dict, samples: list[dict], table: str, train: 
         parts.append("\n".join(lines))
     parts += ["## Command", f"```\n{command('align', config)}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _law(config: Any, results: dict) -> str:
+    drawn, read = described(config), described(config, evaluation=True)
+    cut = results["truncated"]
+    shares = ", ".join(f"{share:.0%} {name}" for name, share in cut.items())
+    text = f"Candidates are drawn at {drawn}" + ("" if drawn == read else f", those of held-out prompts at {read}")
+    if not drawn == read == "temperature 1":
+        text += (
+            "; the reference, the tilt, log Z and every KL are those of the law that drew, the reference's own at that "
+            "temperature on the tokens that the filters left"
+        )
+    return f"{text}. Cut at {config.max_tokens} tokens: {shares} of the held-out completions."
 
 
 def _tails(k: np.ndarray) -> str:

@@ -33,6 +33,7 @@ from jax.sharding import Sharding
 from experiments import reward_report
 from experiments.align_config import HOW, AlignConfig, attention_field, remat_field
 from experiments.align_fit import optimizer
+from experiments.align_law import LAW, eval_temperature_field, temperature_field, top_k_field, top_p_field
 from experiments.align_world import World, prepare
 from experiments.launch import program, run_program
 from experiments.reward_report import Verdict
@@ -89,6 +90,10 @@ class RewardConfig:
     num_prompts: int = field(64, "Training prompts, from the top of the file.")
     num_eval_prompts: int = field(32, "Held-out prompts, the rows after those; of --data, the last rows.")
     max_tokens: int = field(24, "Longest completion, tokens.")
+    temperature: float | None = temperature_field()
+    top_k: int = top_k_field()
+    top_p: float = top_p_field()
+    eval_temperature: float | None = eval_temperature_field()
     steps: int = field(48, "Optimizer steps.")
     batch_size: int = field(2, "Prompts per step, each with its completions.")
     microbatches: int = field(1, "Parts into which a batch is cut to save memory; the gradient is the same.")
@@ -138,6 +143,7 @@ class RewardConfig:
 
     def align(self) -> AlignConfig:
         """The settings of the policy that writes, as `experiments.align` has them."""
+        drawing: dict[str, Any] = {name: getattr(self, name) for name in LAW}
         return AlignConfig(
             policy=self.policy,
             reward=self.gold or ("brevity" if self.data else "sentiment"),
@@ -156,6 +162,7 @@ class RewardConfig:
             attention=self.attention,
             seed=self.seed,
             output=self.output,
+            **drawing,
         )
 
 
@@ -289,7 +296,9 @@ def _referred(world: World, spec: RewardSpec, split: Split) -> Split:
     if spec.kind != "dpo":
         return split
     candidates = split.data.candidates
-    candidates = dataclasses.replace(candidates, ref_logp=world.ref_logp(candidates, "score reference"))
+    candidates = dataclasses.replace(
+        candidates, ref_logp=world.ref_logp(candidates, "score reference", temperature=1.0)
+    )
     return dataclasses.replace(split, data=dataclasses.replace(split.data, candidates=candidates))
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from experiments import align_config, align_given, align_online, align_world
 from experiments.align_config import AlignConfig
+from experiments.align_law import share_cut
 from tests.tiny import save_policy
-from tiltjax.data.candidates import Candidates
+from tiltjax.data.candidates import Candidates, learned
 from tiltjax.data.datasets import PromptRow
 from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.registry import load_reward
@@ -98,6 +99,26 @@ def test_candidates_are_drawn_at_the_temperature_of_the_record(drawing):
     for method, temperature in (("dpo_best_worst", 0.1), ("online_dpo_best_worst", 1.0)):
         drawing(method)
         assert drawing.options["temperature"] == temperature
+
+
+@pytest.mark.robustness(
+    "Data",
+    given="completions that --max_tokens cut",
+    outcome="their share is a metric of every round; --mask_truncated leaves them out of the loss",
+)
+@pytest.mark.parametrize("method", ["rloo", "spin", "ppo_ptx"])
+def test_what_is_cut_is_a_metric_and_may_be_masked(home, drawing, method):
+    given = {"spin": {"demonstrations": "answer"}, "ppo_ptx": {"corpus": f"{home}/corpus.jsonl"}}.get(method, {})
+    _, plain, _, _ = drawing(method, **given)
+    _, masked, _, _ = drawing(method, mask_truncated=True, **given)
+    cut = plain.completion_mask[..., -1] & (plain.completion[..., -1] != EOS)
+    assert cut.any()
+    np.testing.assert_array_equal(learned(masked), ~cut if plain.where is None else plain.where & ~cut)
+    assert plain.loss_mask is None
+    record = METHODS[align_config.RECORDS[method]]
+    written = [source not in ("data", "corpus") for source, num in record.draw for _ in range(num)]
+    where = np.ones(cut.shape, bool) if plain.where is None else plain.where
+    assert share_cut(plain, (EOS,), record) == cut[where & written].mean()
 
 
 @pytest.mark.parametrize("source", ["told.jsonl", "answer"])

@@ -61,6 +61,44 @@ def pulled_back(function, *, dtype=jnp.float64):
     return jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.asarray(HIDDEN, dtype), jnp.asarray(HEAD, dtype))
 
 
+@pytest.mark.parametrize(("chunk", "rows"), [(8, 2), (3072, None), (5, 4)])
+def test_a_support_restricts_every_field_and_every_gradient(chunk, rows):
+    """Of policy and reference: the softmax of the tokens that are in it; bits behind the last may be anything."""
+    rng = np.random.default_rng(3)
+    kept = rng.random((2, 3, V)) < 0.3
+    kept[0, 0], kept[0, 0, V - 1], kept[1, 1] = False, True, True
+    token = np.where(kept[..., -1], V - 1, kept.argmax(-1))
+    support = np.packbits(kept, axis=-1, bitorder="little")
+    support[..., -1] |= 256 - (1 << V % 8)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (HIDDEN, HEAD, HIDDEN[..., :4], HEAD[:, 3:7])]
+    weights = rng.normal(size=(5, 2, 3)).astype(np.float32)
+
+    def ours(hidden, head, ref_hidden, ref_head):
+        reference, options = (ref_hidden, ref_head), {"chunk": chunk, "rows": rows, "temperature": 0.7}
+        stats = token_logp(hidden, head, jnp.asarray(token), reference=reference, support=support, **options)
+        return jnp.stack([*fields(stats), stats.ref_logp, stats.kl])
+
+    def whole(hidden, head, ref_hidden, ref_head):
+        logits = jnp.stack([hidden @ head.T, ref_hidden @ ref_head.T]) / 0.7
+        ours, theirs = jax.nn.log_softmax(jnp.where(kept[None], logits, -1e30))
+        p, one = jnp.exp(ours), token[..., None]
+        size = kept.sum(-1)
+        return jnp.stack([
+            jnp.take_along_axis(ours, one, -1)[..., 0],
+            -jnp.sum(jnp.where(kept, p * ours, 0), -1),
+            -jnp.sum(jnp.where(kept, ours, 0), -1) / size - jnp.log(size),
+            jnp.take_along_axis(theirs, one, -1)[..., 0],
+            jnp.sum(jnp.where(kept, p * (ours - theirs), 0), -1),
+        ])  # fmt: skip
+
+    np.testing.assert_allclose(jax.jit(ours)(*arrays), whole(*arrays), rtol=2e-5, atol=2e-6)
+    grads = [jax.jit(jax.grad(lambda *x, f=f: jnp.sum(weights * f(*x)), (0, 1, 2, 3)))(*arrays) for f in (ours, whole)]
+    chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-5)
+    outside = jnp.asarray((~kept).argmax(-1))
+    stats = token_logp(*arrays[:2], outside, support=support)
+    np.testing.assert_array_equal(np.isneginf(stats.logp), ~kept.all(-1))
+
+
 def test_makes_no_wide_copy_of_a_narrow_head():
     """Of 16 bits, whole chunks or not; what the tail is cut from neither."""
     hidden, token = jnp.ones((8, 64), jnp.bfloat16), jnp.zeros(8, int)

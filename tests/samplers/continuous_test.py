@@ -83,6 +83,7 @@ def test_the_schedule_moves_no_token(groups, slots, window, options):
     np.testing.assert_array_equal(out.completion_mask, expected.completion_mask)
     for name in ("token_logp", "sampled_token_logp"):
         np.testing.assert_allclose(getattr(out, name), getattr(expected, name), atol=1e-5)
+    np.testing.assert_array_equal(out.support, expected.support)
     lengths, grid = expected.completion_mask.sum(-1), min(groups, P) * min(slots, N)
     assert len(set(lengths.reshape(-1).tolist())) > T / 2
     rounds = int(out.steps) + 1

@@ -88,8 +88,11 @@ def test_sampled_logp_is_that_of_the_filtered_distribution():
         assert out.completion[place] in order
         expected = np.log(p[out.completion[place]] / p[order].sum())
         assert out.sampled_token_logp[place] == pytest.approx(expected, abs=1e-4)
+        assert set(np.flatnonzero(np.unpackbits(out.support[place], bitorder="little"))) == set(order)
         narrowed += len(order) < 6
     assert narrowed > B * N / 2
+    np.testing.assert_array_equal(out.support[~out.completion_mask], 255)
+    assert drawn(temperature=0.7).support is None
 
 
 def test_padding_follows_the_first_end():

@@ -48,8 +48,8 @@ class Counted:
         return Decoded(
             completion=noise + 1000 * prompt[:, :1, None],
             completion_mask=np.arange(T)[None, None] < 1 + noise[..., :1] % T,
-            token_logp=-noise.astype(np.float32),
-            sampled_token_logp=0.0 * noise,
+            token_logp=0.0 * noise,
+            sampled_token_logp=-noise.astype(np.float32),
         )
 
 
@@ -274,12 +274,8 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     whole, parts = (gather(greedy(), batch_size=size) for size in (5, 2))
     sharded = gather(greedy(), batch_size=8, sharding=batch_sharding(make_mesh()))
     for other in (parts, sharded):
-        chex.assert_trees_all_equal(
-            dataclasses.replace(other, old_token_logp=None), dataclasses.replace(whole, old_token_logp=None)
-        )
-        np.testing.assert_allclose(other.old_token_logp, whole.old_token_logp, atol=1e-5)
-    logp = score_all(tiny_model(), whole, batch_size=5, scorer=scorer())
-    np.testing.assert_allclose(np.where(whole.completion_mask, whole.old_token_logp, 0).sum(-1), logp, atol=1e-4)
+        chex.assert_trees_all_equal(other, whole)
+    np.testing.assert_array_equal(whole.old_token_logp, 0)  # Nothing else could be drawn.
 
 
 def test_score_all_is_the_score_of_each():

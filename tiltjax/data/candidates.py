@@ -38,6 +38,8 @@ __all__ = [
     "take",
     "token_mask",
     "trim",
+    "truncated",
+    "without_truncated",
 ]
 
 Tokens = Sequence[int] | Int[Array, " _"]
@@ -280,6 +282,41 @@ def learned(candidates: Candidates) -> Bool[Array, "B N"] | None:
         return candidates.where
     some = (candidates.completion_mask & candidates.loss_mask).any(axis=-1)
     return some if candidates.where is None else candidates.where & some
+
+
+def truncated(candidates: Candidates, end_ids: Sequence[int]) -> Bool[Array, "B N"]:
+    """The completions that the width of the batch cut: they fill it and do not end.
+
+    Args:
+      candidates: NumPy or JAX, as wide as a completion may be.
+      end_ids: What ends a completion.
+
+    Returns:
+      True where the last place holds a token that is no end.
+
+    Example:
+      >>> truncated(from_tokens([[5]], [[[7, 2], [8, 9], [2]]], pad_id=0), (2,)).tolist()
+      [[False, True, False]]
+    """
+    ended = np.isin(np.asarray(candidates.completion[..., -1]), np.asarray(end_ids))
+    return np.asarray(candidates.completion_mask[..., -1]) & ~ended
+
+
+def without_truncated(candidates: Candidates, end_ids: Sequence[int]) -> Candidates:
+    """The same candidates, those that are `truncated` masked out of the loss: DAPO's overlong filtering.
+
+    Args:
+      candidates: As for `truncated`, on the host.
+      end_ids: Likewise.
+
+    Returns:
+      `Candidates` with a ``loss_mask``.
+
+    References:
+      Yu et al., 2025, arXiv:2503.14476, section 3.4.
+    """
+    mask = candidates.completion_mask if candidates.loss_mask is None else candidates.loss_mask
+    return dataclasses.replace(candidates, loss_mask=mask & ~truncated(candidates, end_ids)[..., None])
 
 
 def take(candidates: Candidates, indices: Sequence[int] | slice | Int[Array, " K"]) -> Candidates:

@@ -19,7 +19,7 @@ from tiltjax.ops.bits import KEPT, gradient_at_rounded
 from tiltjax.ops.collectives import spread, whole
 from tiltjax.ops.matmul import dot, turned_is_faster
 from tiltjax.ops.tokens import TokenStats, token_logp
-from tiltjax.types import Array, Bool, Dtype, Float, Int, PRNGKey
+from tiltjax.types import Array, Bool, Dtype, Float, Int, PRNGKey, UInt8
 
 __all__ = ["Block", "Cache", "Transformer"]
 
@@ -145,6 +145,7 @@ class Transformer(nnx.Module):
         completion: Int[Array, "B N T"],
         *,
         temperature: float = 1.0,
+        support: UInt8[Array, "B N T bytes"] | None = None,
         chunk: int = 3072,
         segments: Segments | None = None,
     ) -> TokenStats:
@@ -155,16 +156,16 @@ class Transformer(nnx.Module):
           prompt_mask: True on real prompt tokens; at least one per prompt.
           completion: N right-padded completions of each prompt; what stands in the padding moves no real position.
           temperature: Softmax temperature.
-          chunk: Vocabulary entries per step of `tiltjax.ops.tokens.token_logp`.
+          support: Which tokens each law is restricted to, as for `tiltjax.ops.tokens.token_logp`; None means all.
+          chunk: Vocabulary entries per step of it.
           segments: Where several prompts stand in one row: which of them each position and completion belongs to.
 
         Returns:
           `TokenStats`, each field ``[B, N, T]``; mask the padding before use.
         """
         hidden = self.hidden(prompt, prompt_mask, completion, segments=segments)
-        return token_logp(
-            hidden, self.projection(), completion, temperature=temperature, chunk=chunk, dtype=self.config.compute_dtype
-        )
+        options: dict[str, Any] = {"temperature": temperature, "support": support, "chunk": chunk}
+        return token_logp(hidden, self.projection(), completion, dtype=self.config.compute_dtype, **options)
 
     def hidden(
         self,
@@ -227,12 +228,15 @@ class Transformer(nnx.Module):
         first = jnp.broadcast_to(last, (B, N, 1, c.features))
         return self.norm(jnp.concatenate([first, x[:, 0, S:].reshape(B, N, U, c.features)], axis=2))
 
-    def score_sequences(self, token: Int[Array, "B L"], segment: Int[Array, "B L"], *, chunk: int = 3072) -> TokenStats:
+    def score_sequences(
+        self, token: Int[Array, "B L"], segment: Int[Array, "B L"], *, temperature: float = 1.0, chunk: int = 3072
+    ) -> TokenStats:
         """Log-probability, entropy and self-certainty of the tokens of whole sequences that share rows.
 
         Args:
           token: Sequences one after another.
           segment: Which sequence of its row a token belongs to; the tokens of a sequence are consecutive.
+          temperature: Softmax temperature.
           chunk: As in `score`.
 
         Returns:
@@ -251,7 +255,8 @@ class Transformer(nnx.Module):
 
         x, _ = scan_layers(_REMAT[c.remat](layer), x, self.blocks)
         hidden = self.norm(x[:, 0, :-1])
-        return token_logp(hidden, self.projection(), token[:, 1:], chunk=chunk, dtype=c.compute_dtype)
+        options: dict[str, Any] = {"temperature": temperature, "chunk": chunk, "dtype": c.compute_dtype}
+        return token_logp(hidden, self.projection(), token[:, 1:], **options)
 
     def prefill(
         self, prompt: Int[Array, "B S"], prompt_mask: Bool[Array, "B S"], *, num_candidates: int, max_tokens: int

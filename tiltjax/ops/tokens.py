@@ -12,6 +12,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from tiltjax.ops.bits import part
@@ -19,7 +20,7 @@ from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.ops.collectives import alike, num_parts
 from tiltjax.ops.masked import as_float
 from tiltjax.ops.matmul import dot, matmul, outer
-from tiltjax.types import Array, Bool, Dtype, Float, Int
+from tiltjax.types import Array, Bool, Dtype, Float, Int, UInt8
 
 __all__ = ["TokenStats", "eos_mask", "sequence_logp", "token_logp"]
 
@@ -51,6 +52,7 @@ def token_logp(
     token: Int[Array, "*batch"],
     *,
     reference: tuple[Float[Array, "*batch E"], Float[Array, "V E"]] | None = None,
+    support: UInt8[Array, "*batch bytes"] | None = None,
     temperature: float = 1.0,
     chunk: int = 3072,
     rows: int | None = None,
@@ -61,6 +63,9 @@ def token_logp(
     .. math:: z = h W^\top / \tau, \quad \log p(y) = z_y - \log\sum_v e^{z_v}, \quad H = -\sum_v p_v \log p_v, \quad
        \mathrm{KL} = \sum_v p_v (\log p_v - \log q_v)
 
+    With ``support`` every law is that of the softmax restricted to some of the tokens, K, as top-k and top-p leave
+    them: the sums run over K alone, and K is held fixed in the gradient.
+
     The gradient recomputes the chunks, so neither pass stores more than ``[rows, chunk]`` logits of each model. It is
     that of both models; what a frozen reference does not need is not computed.
 
@@ -70,6 +75,8 @@ def token_logp(
       token: The token that follows.
       reference: Last hidden states at the same positions and vocabulary projection of the model that gives ``q``; its
         width may differ.
+      support: The tokens of K at each position, one bit a token, the lowest first, ``ceil(V / 8)`` bytes; the same for
+        the reference. None means all of them.
       temperature: Softmax temperature of both, > 0.
       chunk: Vocabulary entries per step; V need not be a multiple.
       rows: Most positions per step; their number need not be a multiple. None means 2048 on each device, also where a
@@ -77,7 +84,8 @@ def token_logp(
       dtype: Operand type of the matrix products (None: that of ``hidden``); sums are float32 or wider.
 
     Returns:
-      `TokenStats`, every field ``[*batch]``; ``ref_logp`` and ``kl`` are None without a reference.
+      `TokenStats`, every field ``[*batch]``; ``ref_logp`` and ``kl`` are None without a reference. Of a token outside
+      of K the log-probability is -inf, and has no gradient.
 
     Raises:
       ValueError: If ``temperature``, ``chunk`` or ``rows`` is out of range.
@@ -96,10 +104,18 @@ def token_logp(
         chex.assert_shape(reference[0], (*token.shape, None))
         chex.assert_equal(head.shape[0], reference[1].shape[0])
     walk = _walk(hidden, token.size, head, temperature, chunk, rows, dtype)
+    if support is not None:
+        chex.assert_shape(support, (*token.shape, -(-head.shape[0] // 8)))
+        (support,) = alike(hidden, support)[1:]
     hidden, head, token, *other = alike(hidden, head, token, *(reference or ()))
     states = tuple(walk.split(x, token.ndim) for x in (hidden, *other[:1]))
-    fields = _token_stats(walk, states, (head, *other[1:]), walk.split(token, token.ndim))
-    return TokenStats(**{name: walk.join(value, token.shape) for name, value in fields.items()})
+    kept = None if support is None else walk.split(support, token.ndim)
+    fields = _token_stats(walk, states, (head, *other[1:]), walk.split(token, token.ndim), kept)
+    stats = {name: walk.join(value, token.shape) for name, value in fields.items()}
+    if support is not None:
+        possible = jnp.take_along_axis(support, token[..., None] >> 3, axis=-1)[..., 0] >> (token & 7) & 1 > 0
+        stats |= {name: jnp.where(possible, stats[name], -jnp.inf) for name in ("logp", "ref_logp") if name in stats}
+    return TokenStats(**stats)
 
 
 def sequence_logp(token_logp: Float[Array, "*batch T"], mask: Bool[Array, "*batch T"]) -> Float[Array, "*batch"]:
@@ -228,17 +244,44 @@ def _log_norm(state, z):
     return (new_top, mass * scale + jnp.sum(p, -1)), scale, p
 
 
+_NEVER = -1e30
+"""The logit of a token outside of the support: far below all others, and finite, so that no product of it is NaN."""
+
+
+def _kept(support, first, rows):
+    """Which tokens of a chunk are in the support, ``[positions, chunk]``; None where all are."""
+    if support is None:
+        return None
+    index = first + jnp.arange(rows.shape[0])
+    bits = jnp.take(support, index >> 3, axis=1) >> (index & 7).astype(support.dtype)[None]
+    return bits & 1 > 0
+
+
+def _restrict(kept, logits):
+    return logits if kept is None else tuple(jnp.where(kept, z, _NEVER) for z in logits)
+
+
+def _support_size(support, V):
+    """How many tokens of the vocabulary are in the support; behind the last of them, bits may be anything."""
+    if support is None:
+        return V
+    last = np.full(support.shape[-1], 255, np.uint8)
+    last[-1] >>= -V % 8
+    return jnp.maximum(jnp.sum(jax.lax.population_count(support & last[None]), axis=-1, dtype=jnp.int32), 1)
+
+
 def _chosen(first, rows, token):
     return first + jnp.arange(rows.shape[0])[None] == token[:, None]
 
 
-def _forward(walk, states, heads, token):
+def _forward(walk, states, heads, token, support):
     def block(carry, inputs):
-        states, token = inputs
+        states, token, support = inputs
 
         def body(carry, first, rows):
             (norm, moment, total, chosen), theirs = carry
-            z, *others = map(walk.logits, states, rows)
+            kept = _kept(support, first, rows[0])
+            z, *others = _restrict(kept, tuple(map(walk.logits, states, rows)))
             norm, scale, p = _log_norm(norm, z)
             moment = moment * scale + jnp.sum(p * z, -1)
             here = _chosen(first, rows[0], token)
@@ -247,9 +290,9 @@ def _forward(walk, states, heads, token):
                 ref_norm, ref_chosen, gap = theirs
                 gap = gap * scale + jnp.sum(p * (z - ref_z), -1)
                 theirs = (_log_norm(ref_norm, ref_z)[0], ref_chosen + jnp.sum(jnp.where(here, ref_z, 0), -1), gap)
-            return (norm, moment, total + jnp.sum(z, -1), chosen), theirs
+            return (norm, moment, total + jnp.sum(z if kept is None else jnp.where(kept, z, 0), -1), chosen), theirs
 
-        zero, size = jnp.zeros_like(states[0][:, 0], walk.wide), heads[0].shape[0]
+        zero, size = jnp.zeros_like(states[0][:, 0], walk.wide), _support_size(support, heads[0].shape[0])
         norm = (zero - jnp.inf, zero)
         start = ((norm, zero, zero, zero), (norm, zero, zero) if len(states) > 1 else ())
         ((top, mass), moment, total, chosen), theirs = walk.over_vocabulary(body, start, heads)
@@ -266,24 +309,24 @@ def _forward(walk, states, heads, token):
         stats |= {"ref_logp": ref_chosen - ref_log_norm, "kl": gap / mass - log_norm + ref_log_norm}
         return carry, (stats, (log_norm, ref_log_norm))
 
-    return walk.over_positions(block, (), (states, token))[1]
+    return walk.over_positions(block, (), (states, token, support))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_stats(walk, states, heads, token):
-    return _forward(walk, states, heads, token)[0]
+def _token_stats(walk, states, heads, token, support):
+    return _forward(walk, states, heads, token, support)[0]
 
 
-def _token_stats_fwd(walk, states, heads, token):
+def _token_stats_fwd(walk, states, heads, token, support):
     perturbed = tuple(s.perturbed or w.perturbed for s, w in zip(states, heads, strict=True))
-    states, heads, token = jax.tree.map(lambda x: x.value, (states, heads, token))
-    stats, log_norms = _forward(walk, states, heads, token)
+    states, heads, token, support = jax.tree.map(lambda x: x.value, (states, heads, token, support))
+    stats, log_norms = _forward(walk, states, heads, token, support)
     needed = {name: stats[name] for name in ("entropy", "kl") if name in stats}
-    return stats, (states, heads, token, log_norms, needed, _Static(perturbed))
+    return stats, (states, heads, token, support, log_norms, needed, _Static(perturbed))
 
 
 def _token_stats_bwd(walk, saved, grad):
-    states, heads, token, log_norms, stats, perturbed = saved
+    states, heads, token, support, log_norms, stats, perturbed = saved
     grad = {name: g for name, g in grad.items() if not isinstance(g, SymbolicZero)}
     used = (bool(grad.keys() - {"ref_logp"}), not grad.keys().isdisjoint({"ref_logp", "kl"}))
     moved = tuple(a and b for a, b in zip(perturbed.value, used, strict=False))
@@ -298,11 +341,15 @@ def _token_stats_bwd(walk, saved, grad):
         return tuple(None if g is None else g.astype(x.dtype) for x, g in zip(arrays, grads, strict=True))
 
     def block(grad_heads, inputs):
-        states, token, log_norms, stats, grad = inputs
+        states, token, support, log_norms, stats, grad = inputs
+        size = _support_size(support, heads[0].shape[0])
 
         def body(grads, first, rows):
-            logps = [z - norm[:, None] for z, norm in zip(map(walk.logits, states, rows), log_norms, strict=True)]
-            dz = _logit_gradients(grad, stats, heads[0].shape[0], _chosen(first, rows[0], token), *logps)
+            kept = _kept(support, first, rows[0])
+            logits = _restrict(kept, tuple(map(walk.logits, states, rows)))
+            logps = [z - norm[:, None] for z, norm in zip(logits, log_norms, strict=True)]
+            uniform = 1 / size if kept is None else jnp.where(kept, 1 / size[:, None], 0)
+            dz = _logit_gradients(grad, stats, uniform, _chosen(first, rows[0], token), *logps)
             return tuple(
                 walk.pull(g, first, d, state, row) if move else g
                 for g, d, state, row, move in zip(grads, dz, states, rows, moved, strict=True)
@@ -312,14 +359,14 @@ def _token_stats_bwd(walk, saved, grad):
         grad_states, grad_heads = zip(*grads, strict=True)
         return grad_heads, like(states, grad_states)
 
-    grad_heads, grad_states = walk.over_positions(block, zeros(heads), (states, token, log_norms, stats, grad))
-    return grad_states + unread, like(heads, grad_heads) + unread, None
+    grad_heads, grad_states = walk.over_positions(block, zeros(heads), (states, token, support, log_norms, stats, grad))
+    return grad_states + unread, like(heads, grad_heads) + unread, None, None
 
 
 _token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
 
 
-def _logit_gradients(grad, stats, size, chosen, logp, *others):
+def _logit_gradients(grad, stats, uniform, chosen, logp, *others):
     """What the gradients of the fields mean for a block of the policy's logits, and of the reference's if read."""
     here, p, dz = jnp.where(chosen, 1.0, 0.0), jnp.exp(logp), jnp.zeros_like(logp)
     if "logp" in grad:
@@ -327,7 +374,7 @@ def _logit_gradients(grad, stats, size, chosen, logp, *others):
     if "entropy" in grad:
         dz -= grad["entropy"][:, None] * p * (logp + stats["entropy"][:, None])
     if "self_certainty" in grad:
-        dz += grad["self_certainty"][:, None] * (p - 1 / size)
+        dz += grad["self_certainty"][:, None] * (p - uniform)
     if not others:
         return (dz,)
     (logq,), ref_dz = others, jnp.zeros_like(logp)

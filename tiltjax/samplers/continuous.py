@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tiltjax.ops.checks import check_at_least, check_fraction
-from tiltjax.samplers.decode import Decoded, candidate_keys, draw
+from tiltjax.samplers.decode import Decoded, blank, candidate_keys, decoded, draw
 from tiltjax.types import Array, Bool, Float, Int, Key
 
 __all__ = ["decode_queue", "grid_of", "occupancy"]
@@ -38,7 +38,7 @@ class _State:
       candidate: Of each slot, N where it is free, ``[G, W]``.
       length: How many tokens the slot's candidate has, ``[G, W]``.
       token: The last of them, ``[G, W]``.
-      out: Tokens and two log-probabilities, ``[P, N, T]``.
+      out: Of all that is drawn, ``[P, N, T, ...]``: `tiltjax.samplers.decode.blank`.
       lengths: Of the completions, ``[P, N]``.
       steps: How often the model was run on the slots.
     """
@@ -52,7 +52,7 @@ class _State:
     candidate: Int[Array, "..."]
     length: Int[Array, "..."]
     token: Int[Array, "..."]
-    out: tuple[Array, Array, Array]
+    out: tuple[Array, ...]
     lengths: Int[Array, "..."]
     steps: Int[Array, ""]
 
@@ -97,7 +97,7 @@ class _Queue:
     def start(self, first: Float[Array, "G V"], cache: Any) -> _State:
         """The first G prompts are in the cache, and nothing is drawn."""
         P, N, T, G, W = self.sizes
-        wide = jnp.promote_types(first.dtype, jnp.float32)
+        drawn = jax.eval_shape(self.pick, self.keys[:1, :1], jnp.int32(0), first[:1, None])
         return _State(
             cache=cache,
             first=first,
@@ -108,11 +108,7 @@ class _Queue:
             candidate=jnp.full((G, W), N),
             length=jnp.zeros((G, W), int),
             token=jnp.zeros((G, W), jnp.int32),
-            out=(
-                jnp.full((P, N, T), self.pad_id, jnp.int32),
-                jnp.zeros((P, N, T), wide),
-                jnp.zeros((P, N, T), wide),
-            ),
+            out=blank(drawn, (P, N, T), self.pad_id),
             lengths=jnp.zeros((P, N), int),
             steps=jnp.int32(0),
         )
@@ -259,11 +255,8 @@ def decode_queue(
     state = queue.next_candidates(queue.start(first, cache))
     state = queue.append(state, jnp.broadcast_to(first[:, None], (G, W, first.shape[-1])))
     state = jax.lax.while_loop(lambda s: s.left > 0, queue.advance, state)
-    token, logp, sampled = state.out
     mask = jnp.arange(max_tokens)[None, None] < state.lengths[..., None]
-    return Decoded(
-        completion=token, completion_mask=mask, token_logp=logp, sampled_token_logp=sampled, steps=state.steps
-    )
+    return decoded(state.out, mask, state.steps)
 
 
 def grid_of(slots: int, P: int, N: int) -> tuple[int, int]:

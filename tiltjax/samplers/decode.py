@@ -1,7 +1,7 @@
 """Autoregressive decoding: N candidates of every prompt from a model that enters as a callable."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from tiltjax.ops.checks import check_at_least, check_fraction
-from tiltjax.samplers.logits import categorical_and_logp, greedy, processed
-from tiltjax.types import Array, Bool, Float, Int, Key
+from tiltjax.samplers.logits import categorical_and_logp, greedy, processed, support_of
+from tiltjax.types import Array, Bool, Float, Int, Key, UInt8
 
-__all__ = ["Decoded", "Drawn", "candidate_keys", "decode", "draw"]
+__all__ = ["Decoded", "Drawn", "blank", "candidate_keys", "decode", "decoded", "draw"]
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -27,6 +27,8 @@ class Decoded:
         applied), nats, ``[B, N, T]``; 0 on padding.
       steps: How often the model was run on all slots after the prompts, one number per independent loop; None where
         nobody counted.
+      support: The tokens that top-k and top-p left at every step, `tiltjax.samplers.logits.support_of`,
+        ``[B, N, T, ceil(V / 8)]``; None where nothing was filtered.
     """
 
     completion: Int[Array, "..."]
@@ -34,10 +36,15 @@ class Decoded:
     token_logp: Float[Array, "..."]
     sampled_token_logp: Float[Array, "..."]
     steps: Int[Array, "..."] | None = None
+    support: UInt8[Array, "..."] | None = None
 
 
-Drawn = tuple[Int[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch"]]
-"""A token, its log-probability at temperature 1, and that under the distribution that it was drawn from."""
+Drawn = tuple[Array, ...]
+"""A token, its log-probability at temperature 1, and that under the distribution that it was drawn from; under a filter
+also the tokens that it left, ``[*batch, ceil(V / 8)]``."""
+
+FILLS = (0.0, 0.0, 255)
+"""What stands behind the end of a completion for all of `Drawn` but the token."""
 
 
 def candidate_keys(key: Key[Array, "*given"], B: int, N: int) -> Key[Array, "B N"]:
@@ -80,15 +87,33 @@ def draw(
       top_p: Keep the smallest set of tokens of this probability.
 
     Returns:
-      Token, log-probability and log-probability as drawn, each ``[*batch]``; the last is 0 for a greedy token.
+      `Drawn`: token, log-probability and log-probability as drawn, each ``[*batch]``, and the support under a filter.
+      A greedy token has log-probability 0 as drawn, and no support.
     """
     if temperature == 0:
         token = greedy(logits)
         return token, _logp(logits, token), jnp.zeros(token.shape, logits.dtype)
     shaped = processed(logits, temperature=temperature, k=top_k, p=top_p)
     token, sampled = categorical_and_logp(jnp.vectorize(jax.random.fold_in)(key, t), shaped)
-    plain = temperature == 1 and top_k is None and top_p is None
-    return token, sampled if plain else _logp(logits, token), sampled
+    if top_k is not None or top_p is not None:
+        return token, _logp(logits, token), sampled, support_of(shaped)
+    return token, sampled if temperature == 1 else _logp(logits, token), sampled
+
+
+def blank(drawn: Sequence[Any], shape: tuple[int, ...], pad_id: int) -> tuple[Array, ...]:
+    """Where completions are written: buffers like the fields of a `Drawn`, filled as behind the end of a completion.
+
+    Args:
+      drawn: `Drawn` of some ``[b, n]``, or its shapes; of it, the shapes behind them and types are read.
+      shape: ``(B, N, T)``.
+      pad_id: Of the token.
+
+    Returns:
+      One array per field, ``[B, N, T, ...]``.
+    """
+    return tuple(
+        jnp.full((*shape, *x.shape[2:]), fill, x.dtype) for x, fill in zip(drawn, (pad_id, *FILLS), strict=False)
+    )
 
 
 def decode(
@@ -143,8 +168,13 @@ def decode(
     pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def put(out, t, drawn, done):
-        fields = zip(out, (*drawn, ~done), (pad_id, 0.0, 0.0, False), strict=True)
-        return tuple(buffer.at[:, :, t].set(jnp.where(done, fill, new)) for buffer, new, fill in fields)
+        def at_step(buffer, new, fill):
+            over = done.reshape(*done.shape, *[1] * (new.ndim - done.ndim))
+            return buffer.at[:, :, t].set(jnp.where(over, jnp.asarray(fill, new.dtype), new))
+
+        *fields, mask = out
+        fields = map(at_step, fields, drawn, (pad_id, *FILLS))
+        return *fields, mask.at[:, :, t].set(~done)
 
     def live(carry):
         t, done, *_ = carry
@@ -158,16 +188,17 @@ def decode(
         return t + 1, done | jnp.isin(drawn[0], stops), drawn[0], cache, out
 
     drawn = pick(keys, jnp.int32(0), jnp.broadcast_to(logits[:, None], (B, N, logits.shape[-1])))
-    out = (
-        jnp.full((B, N, T), pad_id, drawn[0].dtype),
-        jnp.zeros((B, N, T), drawn[1].dtype),
-        jnp.zeros((B, N, T), drawn[1].dtype),
-        jnp.zeros((B, N, T), bool),
-    )
+    out = (*blank(drawn, (B, N, T), pad_id), jnp.zeros((B, N, T), bool))
     out = put(out, 0, drawn, jnp.zeros((B, N), bool))
     carry = (jnp.int32(1), jnp.isin(drawn[0], stops), drawn[0], cache, out)
-    t, *_, (token, logp, sampled, mask) = jax.lax.while_loop(live, advance, carry)
-    return Decoded(completion=token, completion_mask=mask, token_logp=logp, sampled_token_logp=sampled, steps=t - 1)
+    t, *_, (*fields, mask) = jax.lax.while_loop(live, advance, carry)
+    return decoded(fields, mask, t - 1)
+
+
+def decoded(fields: Sequence[Array], mask: Bool[Array, "B N T"], steps: Int[Array, ""]) -> Decoded:
+    """`Decoded` from filled buffers of `blank`."""
+    names = ("completion", "token_logp", "sampled_token_logp", "support")
+    return Decoded(completion_mask=mask, steps=steps, **dict(zip(names, fields, strict=False)))
 
 
 def _logp(logits: Array, token: Array) -> Array:

@@ -1,7 +1,8 @@
 """From logits to a token: filters (logits in, logits out, -inf where removed), greedy choice and an exact draw.
 
 ``temperature`` is that of decoding, which also moves the reference: completions drawn at a temperature other than 1 or
-under a filter are not samples of the model whose log-probabilities enter a loss.
+under a filter are not samples of the model at temperature 1. They are samples of its law at that temperature,
+restricted to the tokens that the filter left (`support_of`): that is the law whose log-probabilities belong in a loss.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,19 @@ import jax.numpy as jnp
 from tiltjax.ops.checks import check_at_least, check_fraction, check_positive
 from tiltjax.ops.masked import as_float
 from tiltjax.samplers.resample import inverse_cdf
-from tiltjax.types import Array, Float, Int, Key, Numeric
+from tiltjax.types import Array, Float, Int, Key, Numeric, UInt8
 
-__all__ = ["categorical", "categorical_and_logp", "greedy", "min_p", "processed", "temper", "top_k", "top_p"]
+__all__ = [
+    "categorical",
+    "categorical_and_logp",
+    "greedy",
+    "min_p",
+    "processed",
+    "support_of",
+    "temper",
+    "top_k",
+    "top_p",
+]
 
 _BLOCK = 256
 
@@ -154,6 +165,22 @@ def processed(
     if k is not None:
         logits = top_k(logits, k=k)
     return logits if p is None else top_p(logits, p=p)
+
+
+def support_of(logits: Float[Array, "*batch V"]) -> UInt8[Array, "*batch bytes"]:
+    """Which tokens the filters left, one bit a token: what `tiltjax.ops.tokens.token_logp` takes as ``support``.
+
+    Args:
+      logits: Of `processed`, -inf where removed.
+
+    Returns:
+      ``ceil(V / 8)`` bytes; the lowest bit is that of the first token.
+
+    Example:
+      >>> support_of(top_k(jnp.array([1.0, 3.0, 2.0, 0.0]), k=2)).tolist()
+      [6]
+    """
+    return jnp.packbits(logits > -jnp.inf, axis=-1, bitorder="little")
 
 
 def greedy(logits: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import chex
 import jax
@@ -78,7 +79,8 @@ def likelihood_objective(kernel: Kernel, *, temperature: float = 1.0) -> Callabl
 
     Args:
       kernel: Its values are averaged over prompts.
-      temperature: At which the policy's log-probabilities are taken.
+      temperature: At which the policy's log-probabilities are taken: that at which the candidates were drawn. What a
+        filter left to their sampler (`Candidates.support`) restricts the policy too.
 
     Returns:
       ``(params, frozen, candidates, key) -> (Average, metrics)``; ``frozen`` is the other half of
@@ -125,13 +127,16 @@ def candidate_weights(kernel: Kernel, batch: Candidates) -> Float[Array, "B N"]:
     return -weights
 
 
-def packed_objective() -> Callable:
+def packed_objective(*, temperature: float = 1.0) -> Callable:
     r"""The loss of a likelihood method, per prompt, on packed sequences.
 
     .. math:: \mathcal L = -\frac{1}{B} \sum_{bn} w_{bn} \log \pi(y_{bn} \mid x_b)
 
     On what `tiltjax.data.packing.pack_sequences` makes of candidates and their `candidate_weights`, loss and gradient
-    are those of `likelihood_objective` on the candidates.
+    are those of `likelihood_objective` on the candidates, if no filter drew them.
+
+    Args:
+      temperature: At which the policy's log-probabilities are taken.
 
     Returns:
       ``(params, frozen, sequences, key) -> (Average, metrics)``, as of `likelihood_objective`. The metric ``logp`` is
@@ -140,7 +145,7 @@ def packed_objective() -> Callable:
 
     def loss_fn(params: Params, frozen: Params, batch: Sequences, key: PRNGKey):
         model = params if frozen is None else combine(params, frozen)
-        logp = model.score_sequences(batch.token, batch.segment).logp
+        logp = model.score_sequences(batch.token, batch.segment, temperature=temperature).logp
         weight = batch.weight[:, 1:]
         total, prompts = jnp.sum(jnp.where(weight != 0, weight * logp, 0)), jnp.sum(batch.count)
         return Average(total=-total, count=prompts), {"logp": Average(total=total, count=jnp.sum(batch.mass))}
@@ -178,18 +183,19 @@ class VarBatch:
     where: Bool[Array, "B N M"] | None = None
 
 
-def var_objective(*, beta: float) -> Callable:
+def var_objective(*, beta: float, temperature: float = 1.0) -> Callable:
     """VAR as printed (in-batch log Z, the reference inside the weight), one mini-batch per candidate index.
 
     Args:
       beta: Strength of the KL term, reward units.
+      temperature: As in `likelihood_objective`.
 
     Returns:
       A `tiltjax.train.step.LossFn` on `VarBatch`; logs the mean weight and its distance from 1, which is SFT.
     """
 
     def loss_fn(params: Params, frozen: Params, batch: VarBatch, key: PRNGKey):
-        logp = _logp(params, frozen, batch.candidates, 1.0).T
+        logp = _logp(params, frozen, batch.candidates, temperature).T
         cross = (jnp.moveaxis(batch.ref_logp, 1, 0), jnp.moveaxis(batch.reward, 1, 0))
         where = None if batch.where is None else jnp.moveaxis(batch.where, 1, 0)
         own = jnp.broadcast_to(batch.own, logp.shape)
@@ -208,7 +214,8 @@ def _logp(params: Params, frozen: Params, batch: Candidates, temperature: float)
 
 def _token_logp(params: Params, frozen: Params, batch: Candidates, temperature: float) -> Float[Array, "B N T"]:
     model = params if frozen is None else combine(params, frozen)
-    return model.score(batch.prompt, batch.prompt_mask, batch.completion, temperature=temperature).logp
+    law: dict[str, Any] = {"temperature": temperature, "support": batch.support}
+    return model.score(batch.prompt, batch.prompt_mask, batch.completion, **law).logp
 
 
 def _counting(batch: Candidates) -> Candidates:

@@ -56,7 +56,10 @@ def model_view(
     Args:
       frozen: The other half of `tiltjax.models.lora.partition`, or None. Under `jax.jit` it is an argument of the
         compiled function from which this is called, lest a model become a constant of the program.
-      temperature: At which candidates are drawn: log-probabilities are those of the distribution that was sampled.
+      temperature: At which candidates are drawn. Where a filter drew them, they say what it left
+        (`Candidates.support`): log-probabilities are those of the law that drew, of whichever policy is asked. The set
+        of tokens is the sampler's throughout, so a drawn token has a probability under every policy, and the gradient
+        of a policy that just drew is that of its law.
       chunk: Vocabulary entries per step of `tiltjax.ops.tokens.token_logp`.
       rows: Most prompts at a time, to save memory: a batch that is a multiple of it goes through in parts. None is all.
 
@@ -68,7 +71,7 @@ def model_view(
         model = _model(params, frozen)
         hidden = model.hidden(candidates.prompt, candidates.prompt_mask, candidates.completion)
         options: dict[str, Any] = {"temperature": temperature, "chunk": chunk, "dtype": model.config.compute_dtype}
-        stats = token_logp(hidden, model.projection(), candidates.completion, **options)
+        stats = token_logp(hidden, model.projection(), candidates.completion, support=candidates.support, **options)
         value = None
         if isinstance(params, dict):
             critic = params["critic"]
@@ -147,8 +150,8 @@ def model_sample(
 
     Returns:
       `Sample`, one compilation per source and number, for calls from the host or under a trace. ``old_token_logp`` is
-      that of the distribution that was drawn from, filters included. Raises ValueError for a source that is unknown,
-      and for data where ``written`` is None.
+      that of the distribution that was drawn from, filters included, and ``support`` what they left. Raises ValueError
+      for a source that is unknown, and for data where ``written`` is None.
     """
     shape: dict[str, Any] = {"max_tokens": max_tokens, "eos_id": eos_id, "pad_id": pad_id}
     filters: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -192,6 +195,7 @@ def model_sample(
             completion=drawn.completion,
             completion_mask=drawn.completion_mask,
             old_token_logp=drawn.sampled_token_logp,
+            support=drawn.support,
         )
 
     return sample
@@ -223,7 +227,7 @@ def kl_along_prefixes(
     models = [_model(p, frozen) for p in (params, ref_params)]
     ours, theirs = ((model.hidden(*asked), model.projection()) for model in models)
     options: dict[str, Any] = {"temperature": temperature, "dtype": models[0].config.compute_dtype}
-    stats = token_logp(*ours, candidates.completion, reference=theirs, **options)
+    stats = token_logp(*ours, candidates.completion, reference=theirs, support=candidates.support, **options)
     assert stats.kl is not None
     each = {
         "kl": jnp.where(mask, stats.kl, 0),

@@ -149,12 +149,17 @@ def _divided(
     )
 
 
-def make_scorer() -> Callable[[Transformer, Candidates], Float[Array, "B N"]]:
-    """The jitted scorer: log-probability of every whole completion, nats, ``(model, candidates) -> [B, N]``."""
+def make_scorer(*, temperature: float = 1.0) -> Callable[[Transformer, Candidates], Float[Array, "B N"]]:
+    """The jitted scorer: log-probability of every whole completion, nats, ``(model, candidates) -> [B, N]``.
+
+    Args:
+      temperature: At which the completions were drawn; what a filter left of the vocabulary, they say themselves.
+    """
 
     @jax.jit
     def scorer(model: Transformer, candidates: Candidates) -> Float[Array, "B N"]:
-        stats = model.score(candidates.prompt, candidates.prompt_mask, candidates.completion)
+        law: dict[str, Any] = {"temperature": temperature, "support": candidates.support}
+        stats = model.score(candidates.prompt, candidates.prompt_mask, candidates.completion, **law)
         return sequence_logp(stats.logp, batches.token_mask(candidates))
 
     return scorer
@@ -217,7 +222,8 @@ def collect(
       description: Of the progress bar.
 
     Returns:
-      `Candidates` of NumPy arrays in the order of the prompts, with ``old_token_logp`` at temperature 1.
+      `Candidates` of NumPy arrays in the order of the prompts, with ``old_token_logp`` and ``support`` of the law that
+      drew them.
 
     Raises:
       ValueError: If a kept batch is damaged, of another fingerprint or of other prompts.
@@ -260,11 +266,12 @@ def collect(
 
         if isinstance(part, Decoded):
             drawn = distributed.fetch(dataclasses.replace(part, steps=None))
-            drawn = {
-                name: getattr(drawn, name)[: len(rows)] for name in ("completion", "completion_mask", "token_logp")
-            }
-            drawn["old_token_logp"] = drawn.pop("token_logp")
-            check_candidates(description, "the log-probability", drawn["old_token_logp"], rows)
+            names = ("completion", "completion_mask", "sampled_token_logp", "support")
+            plain = drawn.token_logp[: len(rows)]
+            drawn = {name: x[: len(rows)] for name in names if (x := getattr(drawn, name)) is not None}
+            drawn["old_token_logp"] = drawn.pop("sampled_token_logp")
+            # At temperature 1: that of a greedy token is 0 whatever the model says.
+            check_candidates(description, "the log-probability", plain, rows)
             # Kept before it is rewarded: a reward that fails costs no candidate.
             part = keep(Candidates(prompt=tokens[rows], prompt_mask=mask[rows], **drawn))
         if reward is not None and part.reward is None:
