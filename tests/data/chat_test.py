@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from tests.data.conftest import TEMPLATE
 from tiltjax.data import text
 from tiltjax.data.chat import added_turns, plain_message, transcript
 from tiltjax.data.datasets import read
@@ -153,7 +154,7 @@ def test_thoughts_that_the_template_drops_are_learned(make_tokenizer):
     assert shown(tokenizer, ids[0]) == "<think>why</think>blue<|eos|>"
     twice = [*said("<think>a</think>b"), *SKY, *said("c")]
     with pytest.raises(
-        ValueError, match="rewrites a turn of this conversation once more follow; give each answer a row"
+        ValueError, match="leaves out the content of turn 0 where more follow; give each answer a row of its own"
     ):
         text.encode_completions(tokenizer, [twice], prompts=[SKY])
 
@@ -182,10 +183,36 @@ def test_only_what_the_assistant_says_is_learned_from(make_tokenizer):
     ]
     assert mask[1] == [True] * 5
     assert text.encode_completions(tokenizer, [turns], prompts=[SKY]) == [ids[0]]
+    opened = make_tokenizer(chat_template=TEMPLATE.replace("assistant: {%", "assistant: <think>{%"))
+    thought = said("<think>a</think>b")
+    ids = text.encode_completions(opened, [[*thought, *SKY, *thought]], prompts=[SKY])
+    assert shown(opened, ids[0]) == (
+        "a</think>b<|eos|>\n<|turn|>user: Sky?<|eos|>\n<|turn|>assistant: <think>a</think>b<|eos|>"
+    )
     # Behind a turn of another there is nothing to end.
     ids, mask = text.encode_completions_masked(tokenizer, [turns[:2]], prompts=[SKY])
     assert shown(tokenizer, ids[0]) == "call<|eos|>\n<|turn|>tool: rain"
     assert mask[0] == [True] * 5 + [False] * (len(mask[0]) - 5)
+
+
+@pytest.mark.parametrize(
+    ("turn", "opening", "message"),
+    [
+        ("{{ m.content.split('</think>')[-1] }}<|eos|>", "", "leaves out the content of turn 0 where more follow"),
+        ("{% if loop.last %}{{ m.thinking }}{% endif %}b<|eos|>", "", "leaves out the reasoning_content of turn 0"),
+        ("{{ m.content }}{{ '<|eos|>' if loop.last and m.role == 'assistant' }}", "", "does not say where turn 0 ends"),
+        ("{{ m.content }}{{ loop.revindex if loop.index == 3 }}<|eos|>", "", "writes what is before turn 2 otherwise"),
+        ("{{ m.content }}<|eos|>", "<draft>", "does not begin the first answer as it opens it: '.*<draft>'"),
+    ],
+)
+def test_turns_that_are_written_otherwise_once_more_follow_are_refused(make_tokenizer, turn, opening, message):
+    template = (
+        f"{{% for m in messages %}}<|turn|>{{{{ m.role }}}}: {turn}\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}<|turn|>assistant: {opening}{{% endif %}}"
+    )
+    answer = said("b", reasoning_content="hm") if "thinking" in turn else said("<think>a</think>b")
+    with pytest.raises(ValueError, match=f"^completion 0: the chat template {message}"):
+        text.encode_completions(make_tokenizer(chat_template=template), [[*answer, *SKY, *answer]], prompts=[SKY])
 
 
 def test_a_last_turn_that_is_written_otherwise_moves_no_border(make_tokenizer):

@@ -41,6 +41,9 @@ Segment = tuple[str, bool]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which messages carry their thoughts; templates read the first, or the second."""
 
+_OPENED = re.compile(r"[<\[](\w+)[>\]](\s*)$")
+"""A tag that a prompt leaves open for the answer, such as ``<think>``, and the blanks behind it."""
+
 _MARK = "\ue000\ue001"
 """Characters of the private use area, which no message has."""
 
@@ -179,13 +182,15 @@ def added_turns(
     before = open_turn(tokenizer, prompt, name, options)
     turns = [plain_message(name, message) for message in completion]
     whole = render(tokenizer, _followed(prompt, turns), name, options)
-    if whole.startswith(before) and all(_shows(whole[len(before) :], turn) for turn in turns):
-        return _segments(tokenizer, prompt, turns, whole, len(before), name, options)
+    continues = whole.startswith(before)
     if len(turns) > 1:
-        raise ValueError(
-            f"{name}: the chat template rewrites a turn of this conversation once more follow; give each answer a row "
-            "of its own"
-        )
+        if not continues:
+            raise ValueError(
+                f"{name}: the chat template does not begin the first answer as it opens it: {before[-30:]!r}"
+            )
+        return _segments(tokenizer, prompt, turns, whole, len(before), name, options)
+    if continues and _left_out(whole, len(before), len(whole), turns[0]) is None:
+        return [(whole[len(before) :], True)]
     return [(_as_written(before, turns[0], name), True)]
 
 
@@ -198,20 +203,22 @@ def _followed(prompt: Conversation, turns: Conversation) -> Conversation:
     return [*prompt, *turns]
 
 
-def _shows(text: str, turn: Message) -> bool:
-    """Whether a text has all that the assistant says in a turn, blanks aside."""
-    if turn["role"] != "assistant":
-        return True
-    said = [turn.get(key, "") for key in ("content", *_REASONING)]
-    shown = "".join(text.split())
-    return all("".join(part.split()) in shown for part in said if isinstance(part, str))
+def _left_out(text: str, start: int, end: int, turn: Message) -> str | None:
+    """What the assistant says in a turn and a part of a text does not have, blanks aside; None if it has all of it."""
+    opened = _OPENED.search(text[:start])
+    shown = "".join(text[start if opened is None else opened.start() : end].split())
+    for key in ("content", *_REASONING):
+        said = turn.get(key)
+        if isinstance(said, str) and "".join(said.split()) not in shown:
+            return key
+    return None
 
 
 def _as_written(before: str, turn: Message, name: str) -> str:
     content = turn.get("content", "")
     if left_out := [key for key in ("tool_calls", *_REASONING) if turn.get(key)]:
         raise ValueError(f"{name}: the chat template leaves out its {left_out[0]}")
-    opened = re.search(r"[<\[](\w+)[>\]](\s*)$", before)
+    opened = _OPENED.search(before)
     if opened is None:
         return content
     tag = opened[0].rstrip()
@@ -220,7 +227,8 @@ def _as_written(before: str, turn: Message, name: str) -> str:
     closing = f"{tag[0]}/{tag[1:]}"
     if closing not in content:
         raise ValueError(
-            f"{name}: the chat template opens {tag} for the answer, and the answer has neither {tag} nor {closing}"
+            f"{name}: the chat template opens {tag} for the answer, and the answer has neither {tag} nor {closing}; "
+            "write its thoughts, or have the template open none by chat_template_kwargs"
         )
     return content
 
@@ -235,39 +243,46 @@ def _segments(
     options: Mapping[str, Any] | None,
 ) -> list[Segment]:
     """Cuts the text of several turns into those of the assistant, each with its end, and all that is between."""
+    spoken = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
+    starts = [start]
+    for k in spoken[1:]:
+        opened = render(tokenizer, _followed(prompt, turns[:k]), name, options, add_generation_prompt=True)
+        if not whole.startswith(opened):
+            raise ValueError(f"{name}: the chat template writes what is before turn {k} otherwise once more follow")
+        starts.append(len(opened))
+    ends = _end_marks(tokenizer, prompt, name, options)
     segments: list[Segment] = []
-    at = start
-    for k, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        if k:
-            opened = render(tokenizer, _followed(prompt, turns[:k]), name, options, add_generation_prompt=True)
-            if not whole.startswith(opened) or len(opened) < at:
-                raise ValueError(f"{name}: the chat template does not open turn {k} as it writes it once more follow")
-            segments.append((whole[at : len(opened)], False))
-            at = len(opened)
-        end = len(whole) if k == len(turns) - 1 else _end_of_turn(tokenizer, prompt, turns, k, whole, at, name, options)
-        segments.append((whole[at:end], True))
-        at = end
-    return [*segments, (whole[at:], False)] if at < len(whole) else segments
+    for k, at, limit in zip(spoken, starts, [*starts[1:], len(whole)], strict=True):
+        end = limit
+        if k < len(turns) - 1:
+            alone = render(tokenizer, _followed(prompt, turns[: k + 1]), name, options).rstrip()
+            end = len(alone) if whole.startswith(alone) else at + _end_of_turn(ends, whole[at:limit], k, name)
+        if missing := _left_out(whole, at, end, turns[k]):
+            raise ValueError(
+                f"{name}: the chat template leaves out the {missing} of turn {k} where more follow; give each answer a "
+                "row of its own"
+            )
+        segments += [(whole[at:end], True), (whole[end:limit], False)]
+    return [segment for segment in segments if segment[0]]
 
 
-def _end_of_turn(
-    tokenizer: Any,
-    prompt: Conversation,
-    turns: Conversation,
-    k: int,
-    whole: str,
-    start: int,
-    name: str,
-    options: Mapping[str, Any] | None,
-) -> int:
-    """Where turn k of the assistant ends in the text, its end included."""
-    alone = render(tokenizer, _followed(prompt, turns[: k + 1]), name, options).rstrip()
-    if whole.startswith(alone) and len(alone) >= start:
-        return len(alone)
-    # A template that writes the last turn in another way still ends each with the same special token.
-    ends = [whole.find(mark, start) + len(mark) for mark in tokenizer.all_special_tokens if mark in whole[start:]]
+def _end_marks(tokenizer: Any, prompt: Conversation, name: str, options: Mapping[str, Any] | None) -> list[str]:
+    """Special tokens with which a turn may end: all but those that open one of the assistant."""
+    asked = prompt[:-1] if prompt and prompt[-1].get("role") == "assistant" else prompt
+    if not asked:
+        return []
+    closed, opened = (
+        tokenizer.encode(render(tokenizer, asked, name, options, add_generation_prompt=opens), add_special_tokens=False)
+        for opens in (False, True)
+    )
+    same = next((i for i, (a, b) in enumerate(zip(closed, opened, strict=False)) if a != b), len(closed))
+    opening = opened[same:]
+    return [tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids if i not in opening]
+
+
+def _end_of_turn(marks: Sequence[str], text: str, k: int, name: str) -> int:
+    """How much of a text that begins with turn k is the turn, its end included, where that is written another way."""
+    ends = [text.find(mark) + len(mark) for mark in marks if mark in text]
     if not ends:
         raise ValueError(f"{name}: the chat template does not say where turn {k} ends")
     return min(ends)
