@@ -30,7 +30,7 @@ from experiments.arena_run import Budget, run
 from experiments.arena_world import World, WorldConfig, make_world
 from experiments.launch import prepare_process, program, run_program
 from experiments.run_directory import open_run, overwrite_field
-from tiltjax.ops.checks import check_at_least
+from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.train.config import field, from_flags, output_field, write_text
 from tiltjax.train.method import Method
 from tiltjax.train.methods import METHODS, get_method
@@ -60,7 +60,12 @@ class ArenaConfig:
     updates: int = field(96, "Mini-batches that every method gets; a multiple of 16.")
     samples: int = field(64, "Completions per mini-batch; a multiple of 16.")
     seeds: int = field(3, "Independent runs of every method.")
-    learning_rate: float = field(1e-3, "Of Adam, for all methods.")
+    learning_rate: float = field(1e-3, "Of Adam, for all methods: a record's own is for a language model.")
+    published: bool = field(
+        False,
+        "Methods that are published without a KL term (DAPO, Dr. GRPO, GSPO, CISPO, ...) have none; else every method "
+        "is trained at the same strengths. Distances are to the tilt at each of these.",
+    )
     workers: int = field(2, "Processes; 0 runs in this one.")
     output: str = output_field("runs/arena", "Directory of the run.")
     overwrite: bool = overwrite_field()
@@ -72,6 +77,7 @@ class ArenaConfig:
             if value % 16:
                 raise ValueError(f"{name} must be a multiple of 16, got {value}")
         check_at_least("seeds", self.seeds, 1)
+        check_positive("learning_rate", self.learning_rate)
         check_at_least("workers", self.workers, 0)
         self.chosen()
 
@@ -88,9 +94,10 @@ class ArenaConfig:
 
     def budget(self) -> Budget:
         """Of every method."""
+        same: dict[str, Any] = {n: getattr(self, n) for n in ("samples", "learning_rate", "published")}
         if self.quick:
-            return Budget(updates=48, samples=self.samples, seeds=2, betas=(1.0, 0.5), learning_rate=self.learning_rate)
-        return Budget(updates=self.updates, samples=self.samples, seeds=self.seeds, learning_rate=self.learning_rate)
+            return Budget(updates=48, seeds=2, betas=(1.0, 0.5), **same)
+        return Budget(updates=self.updates, seeds=self.seeds, **same)
 
 
 def compete(world: World, budget: Budget, methods: Sequence[Method], folder: pathlib.Path, *, workers: int = 0) -> list:

@@ -40,6 +40,7 @@ class Budget:
       betas: Strengths of the KL term, reward units.
       seeds: Independent runs.
       learning_rate: Of Adam, decaying linearly to a tenth.
+      published: Whether methods that are published without a KL term have none here either, at every strength.
     """
 
     updates: int = 96
@@ -48,6 +49,7 @@ class Budget:
     betas: tuple[float, ...] = (1.0, 0.5, 0.25)
     seeds: int = 3
     learning_rate: float = 1e-3
+    published: bool = False
 
 
 def fitted(method: Method, *, most: int = 16) -> Method:
@@ -115,6 +117,7 @@ def run(world: World, method: Method, budget: Budget) -> dict[str, Any]:
     prompts = world.batch_of_prompts(minibatches * budget.samples // N)
     pairs = pair_laws(world)
     steps = B * method.epochs
+    bare = budget.published and method.beta == 0
 
     def one(beta: Array, used: Array, own: Array, key: Array) -> Array:
         rate = optax.linear_schedule(budget.learning_rate, budget.learning_rate / 10, steps)
@@ -128,7 +131,8 @@ def run(world: World, method: Method, budget: Budget) -> dict[str, Any]:
         def turn(players, r):
             draw, learn = jax.random.split(jax.random.fold_in(key, r))
             candidates = collect(method, players, prompts, draw, sample=sample)
-            return fit(method, players, candidates, world.score(candidates), learn, view=view, tx=tx, beta=used,
+            strength = 0.0 if bare else used
+            return fit(method, players, candidates, world.score(candidates), learn, view=view, tx=tx, beta=strength,
                        minibatches=minibatches, probe=probe if rounds <= C else None, probes=probes)  # fmt: skip
 
         def stretch(players, some):

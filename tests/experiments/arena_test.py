@@ -122,6 +122,14 @@ def test_every_checkpoint_obeys_the_identity_of_the_objective(finished):
         assert result["samples"][-1] == 32 * 32
 
 
+def test_what_is_published_without_a_kl_term_can_run_so():
+    budget = dataclasses.replace(BUDGET, updates=16, seeds=1, published=True)
+    strong, weak = np.array(arena_run.run(world(), get_method("dr_grpo"), budget)["curves"])[:, 0]
+    kl = arena_run.MEASURES.index("kl")
+    np.testing.assert_array_equal(strong[:, kl], weak[:, kl])  # No strength of a KL term, no difference.
+    assert strong[-1, kl] > 0
+
+
 def test_online_learning_approaches_the_tilt(finished):
     _, _, results, _ = finished
     rloo = Results(curves={"rloo": np.array(results[0]["curves"])}, betas=BUDGET.betas)
