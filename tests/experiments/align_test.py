@@ -228,6 +228,10 @@ def refused(capsys, monkeypatch):
         ({"method": "spin", "steps": 4}, "--method=spin needs --demonstrations"),
         ({"microbatches": 3}, "microbatches must divide batch_size=8, got 3"),
         ({"policy": "/no/such/policy"}, "/no/such/policy"),
+        (
+            {"policy": ROOT / "tests/cases/nan-checkpoint/policy"},
+            "layers.0.mlp.down_proj.weight is not finite as float32",
+        ),
         ({"reward": "kindness"}, "unknown reward 'kindness'"),
         ({"reward": "exact_match"}, "prompts.jsonl:1: no column 'answer', which reward 'exact_match' needs"),
         ({"prompts": "/no/such/prompts.jsonl"}, "/no/such/prompts.jsonl"),
