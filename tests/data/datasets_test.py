@@ -141,6 +141,8 @@ def test_saved_to_disk(tmp_path):
     for broken, reason in (("[]", "not an object"), ("{", "invalid JSON"), ("{}", "does not name the data files")):
         state.write_text(broken)
         refused(tmp_path, f"state.json: {reason}")
+    state.unlink()  # As in the cache of datasets: the file about the data is still no data.
+    assert lib.read(tmp_path, "prompt") == rows
 
 
 @pytest.mark.robustness(
