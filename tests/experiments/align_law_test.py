@@ -37,7 +37,7 @@ def test_a_turn_ends_where_the_model_ends_it(tmp_path):
     folder = CASES / "turn-end-token"
     config = case("turn-end-token", tmp_path, prompts=str(folder / "prompts.jsonl"))
     world = align_world.prepare(config, tmp_path)
-    drawn, _ = world.rollout("train", world.model, seed=0)
+    drawn, _ = world.rollout("train", world.model, name="train")
     assert drawn.completion_mask.sum(-1).mean() < 2
     ends = text.end_ids(text.load_tokenizer(folder / "policy"))
     last = np.take_along_axis(drawn.completion, drawn.completion_mask.sum(-1, keepdims=True) - 1, axis=-1)[..., 0]

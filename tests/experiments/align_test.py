@@ -325,9 +325,12 @@ def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_p
     drawn, _ = world.rollout("train", world.model, name="train")
     scored = []
 
-    def scorer(model, candidates):
-        scored.append(candidates.completion.shape)
-        return world.scorer(model, candidates)
+    def scorer(temperature):
+        def score(model, candidates):
+            scored.append(candidates.completion.shape)
+            return world.scorer(temperature)(model, candidates)
+
+        return score
 
     def data(method, **changes):
         config = dataclasses.replace(world.config, method=method)
@@ -338,7 +341,7 @@ def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_p
     assert scored == []
     first = data("dpo")
     assert [shape[1] for shape in scored] == [2]  # The pair, not all N.
-    np.testing.assert_allclose(first.ref_logp, world.scorer(world.model, first), rtol=1e-5)
+    np.testing.assert_allclose(first.ref_logp, world.scorer(1.0)(world.model, first), rtol=1e-5)
     again = data("dpo")
     assert len(scored) == 1
     np.testing.assert_array_equal(again.ref_logp, first.ref_logp)
@@ -362,7 +365,7 @@ def test_prompts_that_cannot_be_divided_give_the_same_candidates(home, tmp_path)
             return out
 
         drawn, _ = dataclasses.replace(world, sampler=sampler).rollout("train", world.model, name="train")
-        found[size] = drawn, world.ref_logp(drawn, "score")
+        found[size] = drawn, world.ref_logp(drawn, "score", temperature=1.0)
     assert held == [((8, 8, 6), (1, 8, 6)), *[((4, 8, 6), (4, 1, 6))] * 2]
     for name in ("prompt", "completion", "completion_mask", "reward"):
         np.testing.assert_array_equal(getattr(found[1][0], name), getattr(found[8][0], name))
