@@ -190,9 +190,9 @@ def load_given(
         told = texts["demonstrations"]
         prompts = [row.prompt for row, group in zip(rows, told, strict=True) for _ in group]
         templates = [row.template for row, group in zip(rows, told, strict=True) for _ in group]
-        both = text.encode_completions_masked(
-            tokenizer, [one for group in told for one in group], prompts=prompts, templates=templates
-        )
+        places = [row.place for row, group in zip(rows, told, strict=True) for _ in group]
+        options: dict[str, Any] = {"prompts": prompts, "templates": templates, "places": places}
+        both = text.encode_completions_masked(tokenizer, [one for group in told for one in group], **options)
         report_cut("demonstrations", both[0], config.max_tokens, masked=config.mask_truncated)
         ends = np.cumsum([len(group) for group in told]).tolist()
         found["demonstrations"], learned = (
@@ -276,10 +276,13 @@ def _corpus(config: Any, rows: Sequence[Any], tokenizer: text.Tokenizer) -> Cand
     """A completion for each of its own prompts; text without one follows BOS, or EOS where the tokenizer has no BOS."""
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text.eos_id(tokenizer)]
     asked = [row for row in rows if row.prompt]
-    options: dict[str, Any] = {"templates": [row.template for row in asked], "max_tokens": config.max_tokens}
-    encoded = iter(text.encode_prompts(tokenizer, [row.prompt for row in asked], **options))
+    options: dict[str, Any] = {"templates": [row.template for row in asked], "places": [row.place for row in asked]}
+    encoded = iter(
+        text.encode_prompts(tokenizer, [row.prompt for row in asked], max_tokens=config.max_tokens, **options)
+    )
     prompts = [next(encoded) if row.prompt else start for row in rows]
     options = {"prompts": [row.prompt for row in rows], "templates": [row.template for row in rows]}
+    options["places"] = [row.place for row in rows]
     said, learned = text.encode_completions_masked(tokenizer, [row.completion for row in rows], **options)
     report_cut("corpus", said, config.max_tokens, masked=config.mask_truncated)
     options = {"pad_id": text.pad_id(tokenizer), "completion_length": config.max_tokens, "loss_mask": learned}

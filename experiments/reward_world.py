@@ -20,7 +20,7 @@ from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
 from tiltjax.data.chat import transcript
 from tiltjax.data.datasets import prompt_identity, read
-from tiltjax.data.limits import limit
+from tiltjax.data.limits import check_positions, limit
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.train.hardware import fast_dtype
@@ -238,15 +238,16 @@ def _steps(tokenizer: text.Tokenizer, rows: list) -> tuple[Candidates, np.ndarra
     completions, ends = [], []
     for row in rows:
         steps, labels = row.columns["completions"], row.columns["labels"]
-        lines = text.encode_completions(tokenizer, [f"{step.rstrip()}\n" for step in steps[:-1]], eos=False)
-        lines += text.encode_completions(tokenizer, steps[-1:], prompts=[row.prompt])
+        told = [f"{step.rstrip()}\n" for step in steps[:-1]]
+        lines = text.encode_completions(tokenizer, told, places=[row.place] * len(told), eos=False)
+        lines += text.encode_completions(tokenizer, steps[-1:], prompts=[row.prompt], places=[row.place])
         completions.append([token for line in lines for token in line])
         ends.append(dict(zip(np.cumsum([len(line) for line in lines]) - 1, labels, strict=True)))
-    candidates = batches.supervised(
-        text.encode_prompts(tokenizer, [row.prompt for row in rows], templates=[row.template for row in rows]),
-        completions,
-        pad_id=text.pad_id(tokenizer),
-    )
+    places, templates = [row.place for row in rows], [row.template for row in rows]
+    prompts = text.encode_prompts(tokenizer, [row.prompt for row in rows], templates=templates, places=places)
+    sizes = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    check_positions(tokenizer, sizes, [f"{place}: prompt and completion" for place in places])
+    candidates = batches.supervised(prompts, completions, pad_id=text.pad_id(tokenizer))
     label = np.full(candidates.completion.shape, -100, np.int32)
     for row, marked in zip(label, ends, strict=True):
         for place, value in marked.items():

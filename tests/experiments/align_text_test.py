@@ -15,6 +15,7 @@ from experiments import align_given, align_world, reward_world
 from experiments.align_config import AlignConfig
 from tiltjax.data import text
 from tiltjax.data.datasets import PromptRow, read
+from tiltjax.data.limits import Limits, limit
 from tiltjax.models import pretrained
 from tiltjax.rewards.gate import score
 from tiltjax.train import learned_reward
@@ -167,3 +168,22 @@ def test_demonstrations_with_thoughts_are_learned_behind_an_open_tag():
     rows = [PromptRow(prompt=row.prompt, columns=row.columns) for row in read(case / "told.jsonl", "supervised")]
     given = align_given.load_given(config, align_world.METHODS["sft"], rows, tokenizer)
     assert tokenizer.decode(given.demonstrations[0][0]) == "one more\n</think>1<|im_end|>"
+
+
+@pytest.mark.robustness(
+    "Tokens",
+    given="a reward model with learned positions, a prompt and a completion that are longer together",
+    outcome="refused with their length and that of the table",
+)
+def test_prompt_and_completion_of_a_reward_model_fit_its_positions_together(tmp_path):
+    tokenizer = text.load_tokenizer(CASES / "policy")
+    limit(tokenizer, Limits(vocab_size=264, position_table=9))
+    assert learned_reward.encode(tokenizer, ["abcd"], [["efgh"]]).prompt.shape == (1, 4)
+    with pytest.raises(
+        ValueError, match=r"^prompt 0 with a completion takes 10 positions, but the model has 9 learned"
+    ):
+        learned_reward.encode(tokenizer, ["abcd"], [["efgh", "efghi"]])
+    rows = [{"prompt": f"abc{i}", "completions": ["ef", "gh"[: 1 + i]], "labels": [1, 0]} for i in range(4)]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"steps\.jsonl:2: prompt and completion takes 10 positions"):
+        reward_world.file_splits(str(tmp_path / "steps.jsonl"), tokenizer, RewardSpec(kind="process"), held_out=1)

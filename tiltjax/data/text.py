@@ -214,7 +214,8 @@ def encode_completions_masked(
 
     Raises:
       ValueError: If a completion is no valid text; is a conversation without its prompt, or one that the chat template
-        does not write as it is; or has an id or a position beyond the limits of the model (`limit`).
+        does not write as it is; or has an id beyond the vocabulary of the model (`limit`). Who puts a completion behind
+        its prompt, cut or whole, checks the positions of both (`tiltjax.data.limits.check_positions`).
     """
     _check_number("prompts", prompts, "completions", len(completions))
     _check_number("templates", templates, "completions", len(completions))
@@ -246,7 +247,6 @@ def encode_completions_masked(
             ids.append(end)
             mask.append(True)
     check_ids(tokenizer, encoded, names)
-    check_positions(tokenizer, [len(ids) for ids in encoded], names)
     return encoded, masks
 
 
