@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help align arena test lint imdb bench parity theory docs clean
+.PHONY: help align arena test smoke lint imdb bench parity theory docs clean
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ align: $(STAMP)  ## Set up, then tilt SmolLM2-135M towards a positive sentiment 
 
 test: $(STAMP)  ## Set up, then run the tests on 8 fake CPU devices.
 	$(BIN)/python -m pytest --quiet --numprocesses=2 --dist=loadfile --durations=10
+
+smoke: $(STAMP)  ## Set up, then walk the paths of every program on the real policy (under 5 minutes on two cores).
+	$(BIN)/python -m tests.smoke
 
 lint: $(STAMP)  ## Lint, format, types and the direction of imports.
 	$(BIN)/ruff check .

@@ -1,0 +1,284 @@
+"""The paths that a user walks, on SmolLM2-135M, in the types and with the adapters that are the defaults: `make smoke`.
+
+    python -m tests.smoke [--only=rloo,plan] [--workers=2] [--keep]
+
+Tests use tiny policies in float32 and 8 fake devices. These jobs use what a program uses when nobody says otherwise:
+the real policy, bfloat16 operands, low-rank adapters, one device. Each takes two steps of a record and must end with
+finite numbers. Jobs are listed in `JOBS`; every source of candidates and every family of records is there, which
+`tests/smoke_test.py` checks. Programs are compiled with little optimisation, as in tests: it is the same semantics.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import io
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["JOBS", "METHODS", "main"]
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""For programs that run for a second and are compiled for ten."""
+
+SIZES: dict[str, Any] = {"num_prompts": 4, "num_eval_prompts": 4, "num_candidates": 4, "max_tokens": 4, "steps": 2}
+SIZES |= {"batch_size": 2, "sample_batch": 2, "checkpoint_every": 1}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rloo": {},
+    "remax": {},
+    "spo": {},
+    "xpo": {},
+    "nash_md": {},
+    "dpo_nll": {},
+    "online_kto": {},
+    "online_tilted_mle": {},
+    "prime": {"desirable_above": 0.5},
+    "empo": {},
+    "self_certainty": {},
+    "ppo_ptx": {"corpus": "corpus"},
+    "spin": {"demonstrations": "answer", "steps": 4},
+    "safe_rlhf": {"cost": "brevity"},
+}
+"""Records that learn in rounds, and what each needs: all sources, families and kinds of state are among them."""
+
+PROMPTS = [f"I {seen} and" for seen in ("saw the film", "ate the soup", "met the band", "read the book",
+                                        "rode the bike", "took the road", "wore the coat", "fed the bird")]  # fmt: skip
+
+
+def check_finite(value: Any, name: str = "results") -> None:
+    """Raises ValueError, with the name, where a number of nested results is not finite."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            check_finite(part, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            check_finite(part, f"{name}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_metrics(folder: pathlib.Path, lines: int) -> None:
+    """Raises ValueError unless the run has logged that many lines of finite metrics."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if len(found) != lines:
+        raise ValueError(f"{folder}: metrics.jsonl must have {lines} lines, got {len(found)}")
+    check_finite(found, "metrics")
+
+
+def _inputs(folder: pathlib.Path) -> dict[str, str]:
+    """Files that the jobs read: prompts of one length, with an answer each, and a corpus."""
+    rows = [{"prompt": prompt, "answer": " it was good."} for prompt in PROMPTS]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return {"prompts": str(folder / "prompts.jsonl"), "corpus": str(folder / "corpus.jsonl")}
+
+
+def _align_config(folder: pathlib.Path, name: str, **settings: Any) -> Any:
+    from experiments.align_config import AlignConfig
+
+    files = _inputs(folder)
+    if "corpus" in settings:
+        settings["corpus"] = files["corpus"]
+    settings = {"prompts": files["prompts"], "output": str(folder / name)} | SIZES | settings
+    return AlignConfig(**settings)
+
+
+@functools.cache
+def _world(folder: pathlib.Path) -> Any:
+    """Policy, tokenizer, prompts and reward, loaded once for the records that a process runs."""
+    from experiments.align_world import prepare
+
+    return prepare(_align_config(folder, "world", method="soft_best_of_n"), folder / "world")
+
+
+def record(folder: pathlib.Path, name: str, **settings: Any) -> None:
+    """Two steps of a record by the engine of `experiments.align`."""
+    import dataclasses
+
+    from experiments.align_online import improve
+
+    method = settings.pop("method", name)
+    config = _align_config(folder, name, method=method, **settings)
+    directory = pathlib.Path(config.output)
+    improve(dataclasses.replace(_world(folder), config=config, directory=directory))
+    from experiments.align_config import record_of
+
+    rounds = record_of(method, num_candidates=config.num_candidates, steps=config.steps).rounds
+    check_metrics(directory, rounds or config.steps)
+
+
+def align(folder: pathlib.Path, name: str, **settings: Any) -> None:
+    """All of `experiments.align`: estimates, a fit, evaluation, report and export."""
+    from experiments import align
+
+    config = _align_config(folder, name, **settings)
+    check_finite(align.run(config))
+    for file in ("report.md", "hf/model.safetensors", "hf/tokenizer.json"):
+        if not (pathlib.Path(config.output) / file).exists():
+            raise FileNotFoundError(f"{config.output}: there is no {file}")
+
+
+def learned_reward(folder: pathlib.Path) -> None:
+    """Reward models of two kinds, one of them as the reward of `experiments.align`."""
+    from experiments import reward_model
+
+    names = ("num_prompts", "num_eval_prompts", "num_candidates", "max_tokens", "steps", "batch_size", "sample_batch")
+    sizes = {name: SIZES[name] for name in names}
+    config = reward_model.RewardConfig(
+        kind="global,outcome", prompts=_inputs(folder)["prompts"], output=str(folder / "reward"), **sizes
+    )
+    check_finite(reward_model.run(config))
+    align(folder, "by_model", method="tilted_mle", reward=f"model:{folder / 'reward' / 'global' / 'model'}")
+
+
+def online(folder: pathlib.Path) -> None:
+    """Both tasks of `experiments.online`."""
+    from experiments import online
+
+    sizes = {name: SIZES[name] for name in ("num_prompts", "num_eval_prompts", "num_candidates", "steps", "batch_size")}
+    tasks = {"prompts": _inputs(folder)["prompts"], "proxy": "sentiment", "gold": "length?target=3"}
+    few = {"puzzle_candidates": 4, "sentiment_candidates": 4, "reference_draws": 1, "sample_batch": 4}
+    short = {"puzzle_tokens": 4, "sentiment_tokens": 4, "checkpoint_every": 2}
+    config = online.OnlineConfig(
+        task="puzzles,sentiment", methods="rloo", output=str(folder / "online"), **sizes, **tasks, **few, **short
+    )
+    check_finite(online.run(config))
+
+
+def diffusion(folder: pathlib.Path) -> None:
+    """The three diffusion experiments, each with all of its stages."""
+    for name, *more in (("guidance",), ("digits",), ("reward", f"--denoiser={folder / 'digits'}")):
+        command(folder, name, f"experiments.diffusion_{name}", "--quick", *more)
+        check_finite(json.loads((folder / name / "results.json").read_text()))
+
+
+def command(folder: pathlib.Path, name: str, module: str, *flags: str) -> None:
+    """A program as a user starts it; ChildProcessError with the end of what it printed, if it fails."""
+    words = [sys.executable, "-m", module, f"--output={folder / name}", *flags]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ChildProcessError(f"{' '.join(words[1:])}: status {done.returncode}\n{done.stderr[-2000:]}")
+
+
+def notebook(folder: pathlib.Path, name: str) -> None:
+    """Every cell of a notebook runs and shows what the committed one shows."""
+    import nbclient
+    import nbformat
+
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    content = nbformat.read(path, as_version=4)
+    before = [_shown(cell) for cell in content.cells]
+    nbclient.NotebookClient(content, timeout=300, kernel_name="python3").execute(cwd=path.parent)
+    after = [_shown(cell) for cell in content.cells]
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old != new:
+            raise ValueError(f"{path.name}: cell {i} must show {old}, got {new}")
+    if not any("image/png" in kinds for kinds in after):
+        raise ValueError(f"{path.name}: must show a picture, got none")
+
+
+def _shown(cell: Any) -> list[str]:
+    """What a cell shows, without the pixels: types of data, and text as it is."""
+    found: list[str] = []
+    for output in cell.get("outputs", []):
+        kinds = [kind for kind in output.get("data", {}) if kind != "text/plain"]
+        found += [output.text] if "text" in output else kinds
+    return found
+
+
+def _plan(folder: pathlib.Path) -> None:
+    """A step of the default policy, compiled for four devices."""
+    size = ("--batch_size=8", "--prompt_tokens=16", "--max_tokens=16", "--lora_rank=16")
+    command(folder, "plan", "experiments.plan", "--policy=HuggingFaceTB/SmolLM2-135M", "--mesh=data:2,fsdp:2", *size)
+
+
+def _readme(folder: pathlib.Path) -> None:
+    """The command of README, cut down."""
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    command(folder, "command", "experiments.align", "--method=rloo", *sizes)
+
+
+JOBS: dict[str, Callable[[pathlib.Path], None]] = {
+    "online": online,
+    "learned_reward": learned_reward,
+    "diffusion": diffusion,
+    "command": _readme,
+    "align": lambda folder: align(folder, "align", method="tilted_mle"),
+    "float32": lambda folder: align(folder, "float32", method="rloo", compute_dtype="float32", mask_truncated=True),
+    "all_parameters": lambda folder: record(folder, "all_parameters", method="rloo", lora_rank=0),
+    **{name: functools.partial(record, name=name, **settings) for name, settings in METHODS.items()},
+    "plan": _plan,
+    "notebook_losses": lambda folder: notebook(folder, "losses"),
+    "notebook_diffusion": lambda folder: notebook(folder, "diffusion"),
+}
+"""Name -> what to run in a folder of the worker's own; long jobs first."""
+
+
+def _run(name: str, folder: str) -> tuple[str, float, str]:
+    """``(name, seconds, traceback or "")`` of a job, in a worker."""
+    start, printed = time.monotonic(), io.StringIO()
+    place = pathlib.Path(folder) / str(os.getpid())
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            JOBS[name](place)
+    except BaseException:
+        return name, time.monotonic() - start, f"{printed.getvalue()[-2000:]}\n{traceback.format_exc()}"
+    return name, time.monotonic() - start, ""
+
+
+def _start_worker() -> None:
+    from experiments.launch import prepare_process
+
+    prepare_process()
+
+
+def main() -> int:
+    """Runs the jobs that the command line names; the status is 1 if one fails."""
+    parser = argparse.ArgumentParser(prog="python -m tests.smoke", description="Walks the real paths of every program.")
+    parser.add_argument("--only", default="", help=f"jobs with commas between: {', '.join(JOBS)}")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
+    parser.add_argument("--keep", action="store_true", help="keep what the jobs write, and say where")
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(JOBS)
+    if unknown := sorted(set(names) - set(JOBS)):
+        parser.error(f"unknown job {', '.join(unknown)}; there are {', '.join(JOBS)}")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    folder = tempfile.mkdtemp(prefix="tiltjax-smoke-")
+    failed, start = [], time.monotonic()
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=_start_worker) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(_run, name, folder) for name in names]):
+            name, seconds, reason = done.result()
+            print(f"{'FAILED' if reason else 'ok':6} {name:20} {seconds:6.1f} s", flush=True)
+            if reason:
+                print(reason, flush=True)
+                failed.append(name)
+    print(f"{len(names) - len(failed)} passed, {len(failed)} failed in {time.monotonic() - start:.0f} s")
+    if options.keep:
+        print(folder)
+    else:
+        import shutil
+
+        shutil.rmtree(folder)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
