@@ -94,12 +94,19 @@ class TestModules:
         outcome="refused, not imported",
     )
     @pytest.mark.parametrize(
-        "spec",
-        ["os:system", "subprocess:run", "builtins:print", "posix:system", "my_rewards:os.system", "my_rewards:shell",
-         "my_rewards:print"],
-    )  # fmt: skip
-    def test_pythons_own_library_is_no_reward(self, spec):
-        with pytest.raises(ValueError, match=r"Python's own library|goes through another module"):
+        ("spec", "message"),
+        [
+            ("os:system", "os is Python's own library"),
+            ("subprocess:run", "subprocess is Python's own library"),
+            ("builtins:print", "builtins is Python's own library"),
+            ("posix:system", "posix is Python's own library"),
+            ("my_rewards:os.system", "goes through another module"),
+            ("my_rewards:shell", "shell is of Python's own library"),
+            ("my_rewards:print", "print is of Python's own library"),
+        ],
+    )
+    def test_pythons_own_library_is_no_reward(self, spec, message):
+        with pytest.raises(ValueError, match=message):
             load_reward(spec)
 
     def test_a_partial_of_a_reward_is_one(self):
