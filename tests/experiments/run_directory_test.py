@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 import threading
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from experiments.run_directory import locked, open_run, overwrite_field
-from tiltjax.train.config import field, output_field, save_config
+from tiltjax.data import candidates as batches
+from tiltjax.train.config import field, output_field, save_config, write_text
+from tiltjax.train.metrics import MetricsWriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,3 +247,36 @@ def test_a_file_system_without_locks_is_said(config, monkeypatch, caplog):
     monkeypatch.setattr("fcntl.flock", fail)
     play(config)
     assert "this file system has no locks" in caplog.text
+
+
+@pytest.mark.robustness(
+    "Runs", given="a disk that is full", outcome="one line with the file that could not be written, and status 2"
+)
+@pytest.mark.parametrize("what", ["text", "candidates", "metrics"])
+def test_what_does_not_fit_on_the_disk_is_named(tmp_path, monkeypatch, what):
+    full = OSError(28, "No space left on device")
+
+    def fail(*_, **__):
+        raise full
+
+    if what == "text":
+        monkeypatch.setattr("pathlib.Path.write_text", fail)
+        path, write = tmp_path / "a.json", lambda: write_text(tmp_path / "a.json", "x")
+    elif what == "candidates":
+        monkeypatch.setattr("os.fsync", fail)
+        drawn = batches.from_tokens([[5]], [[[3]]], pad_id=0)
+        path, write = tmp_path / "a.npz", lambda: batches.save(tmp_path / "a.npz", drawn)
+    else:
+        writer = MetricsWriter(tmp_path)
+        writer._file.close()
+        writer._file = pathlib.Path("/dev/full").open("w")  # noqa: SIM115
+        path = "/dev/full"
+
+        def write():
+            with writer:
+                writer.write(0, {"loss": 1.0})
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write()
+    assert str(error.value.filename) == str(path)
+    assert [p.name for p in tmp_path.iterdir() if what != "metrics"] == []

@@ -469,6 +469,8 @@ def save(path: str | os.PathLike, candidates: Candidates, *, fingerprint: str | 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # A full disk does not say which file.
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """A run's configuration: one frozen dataclass, its absl flags, its file."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -136,8 +137,13 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file whole or not at all."""
     part = pathlib.Path(path).with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error  # A full disk does not say which file.
 
 
 def load_config(config_class: type[ConfigT], path: str | os.PathLike) -> ConfigT:

@@ -1,5 +1,6 @@
 """Numbers of a run: a JSONL file that a resumed run continues without a seam, TensorBoard events, intervals."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -51,8 +52,11 @@ class MetricsWriter:
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """One line: the step and its scalars."""
         values = {name: float(value) for name, value in sorted(scalars.items())}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error  # A full disk does not say which.
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
@@ -60,7 +64,8 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # Every line was flushed: what cannot be closed was raised by `write`.
+            self._file.close()
         self._events.close()
 
 
