@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -21,6 +23,7 @@ from tiltjax.losses import binary, constrained, game, mle, preference, process, 
 
 B, N, T = 8, 16, 3
 BOOLEAN = ("correct", "desirable", "harmful")
+LABELS = {*BOOLEAN, "from_reference"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +88,7 @@ class Case:
                 out[name] = rng.random(shapes[axes]) < 0.5
             elif name == "from_reference":
                 out[name] = np.arange(self.size) == rng.integers(self.size, size=shapes[axes][:-1])[..., None]
-            elif name.endswith("_rate"):
+            elif name.endswith("_rate") or name == "label":
                 out[name] = rng.random(shapes[axes], np.float32)
             elif name == "ref_logp" and axes == self.arrays[self.trained]:
                 out[name] = (out[self.trained] + rng.normal(size=shapes[axes])).astype(np.float32)
@@ -741,7 +744,7 @@ def test_extreme_inputs_are_finite(case):
     for seed in range(3):
         rng = np.random.default_rng(seed)
         for name in case.floats:
-            extremes = {"logp": [-1e4, 0.0], "weights": [0.0, 20.0], "rate": [0.0, 1.0]}
+            extremes = {"logp": [-1e4, 0.0], "weights": [0.0, 20.0], "rate": [0.0, 1.0], "label": [0.0, 1.0]}
             chosen = extremes.get(name.split("_")[-1], [-1e4, 1e4, 0.0])
             inputs[name] = rng.choice(np.float32(chosen), inputs[name].shape)
         value, grads = value_and_grads(case, inputs)
@@ -848,3 +851,182 @@ def test_gradients(case):
     assert np.any(grads[case.trained] != 0)
     for name, grad in grads.items():
         assert name == case.trained or (grad == 0).all(), f"{name} receives gradient"
+
+
+@pytest.fixture
+def users():
+    """As in a user's process: nobody watches the annotations, and JAX promotes ranks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    with jax.numpy_rank_promotion("allow"):
+        yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def named(keep):
+    return pytest.mark.parametrize("case", [case for case in CASES if keep(case)], ids=lambda case: case.name)
+
+
+@every_case
+@pytest.mark.robustness(
+    "Kernels", given="NaN in any array of a loss, where it is not masked", outcome="the loss of its prompt is NaN"
+)
+def test_unmasked_nan_stays(case):
+    inputs = case.draw()
+    # The mask comes first to a prompt whose candidates are all real.
+    row = int(np.argmax(np.asarray(inputs["where"]).all(tuple(range(1, inputs["where"].ndim)))))
+    inputs["where"] = np.array(inputs["where"])
+    inputs["where"][row] = True
+    for name in case.floats:
+        for place in (0, -1):
+            dirty = dict(inputs)
+            dirty[name] = np.array(inputs[name])
+            dirty[name][(row,) + (place,) * (dirty[name].ndim - 1)] = np.nan
+            value, _ = value_and_grads(case, dirty)
+            own = value[row, place] if case.per_candidate and case.arrays[name] == "BN" else value[row]
+            assert np.isnan(value if case.over_batch else own).any(), (name, place)
+            assert case.over_batch or np.isfinite(np.delete(value, row, axis=0)).all()
+
+
+@every_case
+@pytest.mark.robustness(
+    "Kernels",
+    given="scores that share a constant of 1e4, in float32",
+    outcome="each loss is within 1e-4 of float64, relative",
+)
+def test_a_common_constant_costs_no_digits(case):
+    """Long completions (all log-probabilities are low), and a policy far from its reference (only its own are)."""
+    unit = {"logp": -1e4, "reward": 1e4, "cost": 1e4, "q": 1e4, "value": 1e4}
+    for names in (case.floats, [case.trained]):
+        inputs = unmasked(case.draw(1))
+        for name in set(names) & set(case.floats):
+            inputs[name] = (inputs[name] + unit.get(name.split("_")[-1], 0)).astype(np.float32)
+        if "log_z" in inputs and len(names) > 1:
+            inputs["log_z"] = (inputs["log_z"] + 1e4 / case.options["beta"]).astype(np.float32)
+        if "length" in inputs:
+            inputs["length"] = np.full_like(inputs["length"], 7)
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = case.formula(**widen(case, inputs))
+        if np.isfinite(expected).all():  # Exponents of log-ratios are clamped at 80.
+            np.testing.assert_allclose(case(inputs), expected, rtol=1e-4, atol=1e-30)
+
+
+@every_case
+@pytest.mark.robustness(
+    "Kernels", given="float32 arrays and Python numbers where float64 is enabled", outcome="the loss is float32"
+)
+def test_python_numbers_do_not_widen(case):
+    with jax.enable_x64(True):
+        assert jax.eval_shape(case, case.draw()).dtype == jnp.float32
+
+
+@every_case
+@pytest.mark.robustness(
+    "Kernels", given="an option out of its range as a NumPy scalar", outcome="refused by name, as a Python number is"
+)
+def test_numpy_scalars_are_looked_at(case):
+    for name, value in case.options.items():
+        if isinstance(value, float) and name not in ("bias", "alpha"):
+            for scalar in (np.float32(np.nan), np.float64(-1), np.array(-1.0)):
+                with pytest.raises(ValueError, match=f"^{name} must "):
+                    dataclasses.replace(case, options={**case.options, name: scalar})(case.draw())
+
+
+@named(lambda case: case.size == 2)
+@pytest.mark.usefixtures("users")
+@pytest.mark.robustness(
+    "Kernels", given="a loss on pairs, with 1 or 3 candidates, or one array per side", outcome="refused with the shape"
+)
+def test_pairs_are_two(case):
+    inputs = unmasked(case.draw())
+    for cut in (lambda x: x[:, :1], lambda x: np.concatenate([x, x[:, :1]], axis=1), lambda x: x[:, 0]):
+        other = {name: x if case.arrays[name] == "B" else cut(x) for name, x in inputs.items()}
+        with pytest.raises(ValueError, match=r"must have 2 entries, chosen and rejected, on axis -\d; got the shape"):
+            case(other)
+
+
+@every_case
+@pytest.mark.usefixtures("users")
+@pytest.mark.robustness(
+    "Kernels",
+    given="a column [B, 1] where one number per prompt is wanted",
+    outcome="refused with the shape that is wanted",
+)
+def test_columns_are_refused(case):
+    inputs = unmasked(case.draw())
+    for name, axes in case.arrays.items():
+        if axes == "B" and name not in ("matched", case.trained):
+            with pytest.raises(ValueError, match=f"{name} must be a number or have the shape"):
+                case({**inputs, name: inputs[name][:, None]})
+    beta = case.options.get("beta")
+    if beta is None:
+        return
+    for shape in ((B, 1), (B,)):
+        per_prompt = dataclasses.replace(case, options={**case.options, "beta": np.full(shape, beta, np.float32)})
+        try:
+            value = per_prompt(inputs)
+        except ValueError as error:
+            assert re.search("beta must be a number", str(error))  # noqa: PT017
+        else:
+            assert shape == (B,)
+            np.testing.assert_allclose(value, case(inputs), rtol=1e-5)
+
+
+@named(lambda case: LABELS & set(case.arrays) and case.name != "outcome")
+@pytest.mark.usefixtures("users")
+@pytest.mark.robustness("Kernels", given="labels of -1 and 1, or 0.0 and 2.0, for true and false", outcome="refused")
+@pytest.mark.robustness("Kernels", given="a mask of numbers", outcome="refused: it must be boolean")
+def test_labels_and_masks_are_boolean(case):
+    inputs = case.draw()
+    for name in (*LABELS & set(inputs), "where"):
+        for low, high in ((-1, 1), (0.0, 2.0)):
+            with pytest.raises(ValueError, match=f"{name} must be boolean"):
+                case({**inputs, name: np.where(inputs[name], high, low)})
+
+
+@named(lambda case: any(name in ("label", "correct") for name in case.arrays))
+@pytest.mark.usefixtures("users")
+@pytest.mark.robustness(
+    "Kernels", given="a label that is a share, outside [0, 1]", outcome="refused; NaN where it is traced"
+)
+def test_shares_lie_between_0_and_1(case):
+    if case.loss not in (preference.ipl_loss, reward_model.bradley_terry_loss, reward_model.outcome_loss):
+        return
+    name = "label" if "label" in case.arrays else "correct"
+    inputs = unmasked(case.draw())
+    inputs[name] = np.array(inputs[name], np.float32)
+    inputs[name].flat[0] = -1
+    with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\], got -1.0"):
+        case(inputs)
+    value = np.asarray(jax.jit(case)(inputs))
+    assert np.isnan(value.flat[0])
+    assert np.isfinite(value.flat[1:]).all()
+
+
+@named(lambda case: case.size == 2 and case.arrays[case.trained] == "BN" and case.trained == "logp")
+@pytest.mark.robustness(
+    "Kernels",
+    given="a rejected completion of log-probability -inf",
+    outcome="value and gradient of the limit, in every loss on pairs",
+)
+def test_an_impossible_rejected_completion_is_the_limit(case):
+    inputs = unmasked(case.draw())
+    logp = np.array(inputs["logp"])
+    results = []
+    for rejected in (-np.inf, -1e6):
+        logp[:, 1] = rejected
+        value, grads = value_and_grads(case, {**inputs, "logp": logp})
+        results.append((value, grads["logp"]))
+    (value, grad), (near, near_grad) = results
+    assert not np.isnan(value).any()
+    assert not np.isnan(grad).any()
+    # Some losses grow without bound with it, such as squares and those that doubt the label.
+    unbounded = np.abs(near) > 1e3
+    np.testing.assert_array_equal(value[unbounded], np.sign(near[unbounded]) * np.inf)
+    np.testing.assert_allclose(value[~unbounded], near[~unbounded], rtol=1e-5)
+    np.testing.assert_allclose(grad[~unbounded], near_grad[~unbounded], rtol=1e-5)
+
+
+def test_without_centring_a_reward_of_minus_infinity_is_the_limit():
+    reward = jnp.array([1.0, -jnp.inf])
+    value, grad = jax.value_and_grad(reward_model.bradley_terry_loss)(reward, label=jnp.array(1.0))
+    assert (float(value), grad.tolist()) == (0.0, [0.0, 0.0])

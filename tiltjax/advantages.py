@@ -9,9 +9,10 @@ standard deviation (`group_normalised`, `batch_whitened`) changes the objective.
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_at_least, check_choice, check_fraction
+from tiltjax.ops.checks import check_at_least, check_choice, check_fraction, check_per_row, check_within
 from tiltjax.ops.collectives import axis_size, pmax
-from tiltjax.ops.masked import as_float, masked_mean, masked_sum, masked_var
+from tiltjax.ops.logspace import over_row
+from tiltjax.ops.masked import as_float, check_alike, masked_mean, masked_std, masked_sum
 from tiltjax.types import Array, AxisName, Bool, Float, Numeric
 
 __all__ = [
@@ -58,6 +59,7 @@ def token_reward(
       [-0.25, 1.25, 0.0]
     """
     check_at_least("beta", beta, 0)
+    check_per_row("reward", reward, jnp.shape(mask)[:-1])
     reward, token_kl = _constant(reward), _constant(token_kl, mask)
     after = jnp.cumsum(mask[..., ::-1], axis=-1)[..., ::-1]
     return jnp.where(mask & (after == 1), reward[..., None], 0) - beta * token_kl
@@ -102,8 +104,7 @@ def gae(
       Schulman et al., 2015, arXiv:1506.02438, Eq. 16.
     """
     check_fraction("gamma", gamma)
-    if isinstance(lam, int | float) and not 0 <= lam <= 1:
-        raise ValueError(f"lam must lie in [0, 1], got {lam!r}")
+    check_within("lam", lam, 0, 1)
     reward, value = _constant(reward, mask), _constant(value, mask)
 
     def step(carry, now):
@@ -111,7 +112,7 @@ def gae(
         advantage = jnp.where(real, reward + gamma * next_value - value + gamma * lam * advantage, advantage)
         return (advantage, jnp.where(real, value, next_value)), advantage
 
-    zero = jnp.zeros_like(reward[..., 0] + value[..., 0])
+    zero = jnp.sum(jnp.zeros_like(reward + value), axis=-1)  # Also of completions without a token.
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (reward, value, mask))
     _, advantage = jax.lax.scan(step, (zero, zero), tokens, reverse=True)
     advantage = jnp.where(mask, jnp.moveaxis(advantage, 0, -1), 0)
@@ -228,8 +229,8 @@ def group_normalised(
     centred, _ = _centred(reward, where, axis_name)
     if scale == "none":
         return centred
-    variance = masked_var(centred, where, ddof=ddof, axis_name=axis_name)
-    spread = jnp.sqrt(variance) + eps if scale == "std" else jnp.sqrt(variance + eps)
+    spread = masked_std(centred, where, ddof=ddof, axis_name=axis_name)
+    spread = spread + eps if scale == "std" else jnp.hypot(spread, jnp.sqrt(jnp.asarray(eps, spread.dtype)))
     return centred / jnp.where(spread > 0, spread, 1)[..., None]
 
 
@@ -264,9 +265,11 @@ def batch_whitened(
       [-1.0, 0.0, 1.0]
     """
     check_at_least("eps", eps, 0)
+    check_alike(mask, advantage)
     flat = None if mask is None else mask.reshape(-1)
     centred, _ = _centred(advantage.reshape(-1), flat, axis_name)
-    spread = jnp.sqrt(masked_var(centred, flat, ddof=1, axis_name=axis_name) + eps)
+    spread = masked_std(centred, flat, ddof=1, axis_name=axis_name)
+    spread = jnp.hypot(spread, jnp.sqrt(jnp.asarray(eps, spread.dtype)))
     return (centred / jnp.where(spread > 0, spread, 1)).reshape(advantage.shape)
 
 
@@ -298,7 +301,9 @@ def greedy_baseline(
     References:
       Li et al., 2023, arXiv:2310.10505, Algorithm 1.
     """
-    advantage = _constant(reward) - _constant(greedy_reward)[..., None]
+    reward = _constant(reward)
+    check_alike(where, reward)
+    advantage = reward - over_row("greedy_reward", _constant(greedy_reward), reward)
     return advantage if where is None else jnp.where(where, advantage, 0)
 
 
@@ -348,6 +353,7 @@ def prime_advantage(
     check_choice("baseline", baseline, ("paper", "code"))
     check_choice("scale", scale, ("none", "batch_max"))
     _check_group(reward, None)
+    check_per_row("reward", reward, jnp.shape(process_reward)[:-1])
     process_reward, real = _constant(process_reward, mask), jnp.any(mask, axis=-1)
     if scale == "batch_max":
         largest = pmax(jnp.max(jnp.abs(reward_to_go(process_reward, mask)), initial=0), axis_name)
@@ -408,12 +414,14 @@ def reinforce_pp_advantage(
 def _constant(x: Array, mask: Array | None = None) -> Array:
     """``x`` without gradient, 0 where masked."""
     x = jax.lax.stop_gradient(as_float(x))
+    check_alike(mask, x)
     return x if mask is None else jnp.where(mask, x, 0)
 
 
 def _centred(x: Array, where: Array | None, axis_name: AxisName) -> tuple[Array, Array]:
     """``x - mean(x)`` over the last axis, 0 where masked, and how many entries are real."""
     x = _constant(x)
+    check_alike(where, x)
     # Differences from the largest entry: equal rewards give exactly 0, whatever the rounding of their mean.
     shift = pmax(jnp.max(x if where is None else jnp.where(where, x, -jnp.inf), axis=-1, initial=-jnp.inf), axis_name)
     x = x - jnp.where(jnp.isfinite(shift), shift, 0)[..., None]

@@ -49,8 +49,8 @@ Dtype = jax.typing.DTypeLike
 Params = PyTree
 """A pytree of arrays; Flax NNX modules are such pytrees."""
 
-Numeric = int | float | Float[Array, ""]
-"""A Python number or a scalar array: an option such as ``beta`` that may be traced."""
+Numeric = int | float | np.number | Float[Array, ""]
+"""A number of Python or NumPy, or a scalar array: an option such as ``beta`` that may be traced."""
 
 Reward = Callable[..., Any]
 """``(prompts, completions, **columns) -> floats``: one reward per completion, higher is better."""

@@ -4,13 +4,12 @@ Throughout, ``a = log(pi / p_ref)`` of a completion, a sum over its tokens in na
 and ``sigma`` the logistic function. `kto_loss` and `bco_loss` know no prompts: their last axis is the batch.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_at_least, check_positive
-from tiltjax.ops.logspace import logsumexp
-from tiltjax.ops.masked import Average, as_float, average, masked_mean, masked_sum
+from tiltjax.ops.checks import check_at_least, check_boolean, check_pair, check_per_row, check_positive
+from tiltjax.ops.logspace import centred_difference, log_softmax, over_row, scale
+from tiltjax.ops.masked import Average, as_float, average, check_alike, masked_mean, masked_sum
 from tiltjax.tilt.weights import tilt
 from tiltjax.types import Array, AxisName, Bool, Float, Numeric
 
@@ -73,11 +72,14 @@ def kto_loss(
     check_positive("beta", beta)
     check_at_least("lambda_desirable", lambda_desirable, 0)
     check_at_least("lambda_undesirable", lambda_undesirable, 0)
+    check_per_row("beta", beta, ())
+    check_boolean("desirable", desirable)
+    check_alike(where, logp, desirable)
     real, ratio = _log_ratio(logp, ref_logp, where)
     # Without gradient before the mean, so that none crosses the devices.
     mismatched = jax.lax.stop_gradient(as_float(mismatched_log_ratio))
     point = jnp.maximum(masked_mean(mismatched, mismatched_where, axis_name=axis_name), 0)
-    gain = beta * (ratio - point[..., None])
+    gain = beta * (ratio - over_row("the mean of mismatched_log_ratio", point, ratio))
     good = lambda_desirable * jax.nn.sigmoid(-gain)
     return jnp.where(real, jnp.where(desirable, good, lambda_undesirable * jax.nn.sigmoid(gain)), 0)
 
@@ -119,9 +121,12 @@ def bco_loss(
       Jung et al., 2024, arXiv:2404.04656.
     """
     check_positive("beta", beta)
+    check_per_row("beta", beta, ())
+    check_boolean("desirable", desirable)
+    check_alike(where, logp, desirable)
     real, ratio = _log_ratio(logp, ref_logp, where)
-    shift = jax.lax.stop_gradient(as_float(shift))
-    logit = jnp.where(real, beta * ratio - (shift if jnp.ndim(shift) == 0 else shift[..., None]), 0)
+    shift = over_row("shift", jax.lax.stop_gradient(as_float(shift)), ratio)
+    logit = jnp.where(real, beta * ratio - shift, 0)
     return jnp.where(real, -jax.nn.log_sigmoid(jnp.where(desirable, logit, -logit)), 0)
 
 
@@ -161,6 +166,7 @@ def bco_shift(
       Jung et al., 2024, arXiv:2404.04656.
     """
     check_positive("beta", beta)
+    check_per_row("beta", beta, ())
     _, ratio = _log_ratio(logp, ref_logp, where)
     return running + average(jax.lax.stop_gradient(beta * ratio), where).psum(axis_name)
 
@@ -204,9 +210,11 @@ def nca_loss(
     """
     check_positive("beta", beta)
     check_positive("alpha", alpha)
+    check_per_row("beta", beta, ())
+    check_per_row("alpha", alpha, ())
     _, ratio = _log_ratio(logp, ref_logp, where)
     weights = _target(reward, alpha, where, axis_name)
-    drawn = -masked_sum(weights * jax.nn.log_sigmoid(beta * ratio), where, axis_name=axis_name)
+    drawn = -masked_sum(scale(weights, jax.nn.log_sigmoid(beta * ratio)), where, axis_name=axis_name)
     return drawn - masked_mean(jax.nn.log_sigmoid(-beta * ratio), where, axis_name=axis_name)
 
 
@@ -240,6 +248,9 @@ def nca_pair_loss(
       Chen et al., 2024, arXiv:2402.05369.
     """
     check_positive("beta", beta)
+    check_per_row("beta", beta, ())
+    check_pair("logp", logp)
+    check_alike(where, logp)
     both = None if where is None else jnp.broadcast_to(jnp.all(where, axis=-1, keepdims=True), where.shape)
     real, ratio = _log_ratio(logp, ref_logp, both)
     noise = -masked_mean(jax.nn.log_sigmoid(-beta * ratio), both)
@@ -286,17 +297,19 @@ def info_nca_loss(
     """
     check_positive("beta", beta)
     check_positive("alpha", alpha)
-    _, ratio = _log_ratio(logp, ref_logp, where)
+    check_per_row("beta", beta, ())
+    check_per_row("alpha", alpha, ())
+    logp, ref_logp = as_float(logp), jax.lax.stop_gradient(as_float(ref_logp))
+    ratio = centred_difference(logp, ref_logp, where=where, axis_name=axis_name)
     weights = _target(reward, alpha, where, axis_name)
-    total = logsumexp(beta * ratio, where=where, axis_name=axis_name)
-    total = jnp.where(total == -jnp.inf, 0, total)
-    return masked_sum(weights * (total[..., None] - beta * ratio), where, axis_name=axis_name)
+    log_share = log_softmax(ratio, factor=beta, where=where, axis_name=axis_name)
+    return -masked_sum(scale(weights, log_share), where, axis_name=axis_name)
 
 
 def _log_ratio(logp: Array, ref_logp: Array, where: Array | None) -> tuple[Array, Array]:
     """Whether each entry is real, and ``log(pi / p_ref)``, 0 where it is not."""
     logp, ref_logp = as_float(logp), jax.lax.stop_gradient(as_float(ref_logp))
-    chex.assert_equal_shape([logp, ref_logp] if where is None else [logp, ref_logp, where])
+    check_alike(where, logp, ref_logp)
     real = jnp.full(logp.shape, True) if where is None else where
     return real, jnp.where(real, logp, 0) - jnp.where(real, ref_logp, 0)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.ops.collectives import psum
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.types import Array, AxisName, Bool, Float, Numeric
 
 __all__ = ["Multiplier", "combined_advantage", "init_multiplier", "ptx_loss", "update_multiplier"]
@@ -96,6 +96,7 @@ def update_multiplier(
     """
     check_positive("learning_rate", learning_rate)
     check_positive("max_multiplier", max_multiplier)
+    check_alike(where, cost)
     new = jax.lax.stop_gradient(as_float(cost).reshape(-1))
     real = jnp.ones(new.shape, bool) if where is None else where.reshape(-1)
     window = state.cost.shape[0]
@@ -140,7 +141,7 @@ def combined_advantage(
     References:
       Dai et al., 2023, arXiv:2310.12773, section 3.3.
     """
-    chex.assert_equal_shape([advantage, cost_advantage])
+    check_alike(None, advantage, cost_advantage)
     share = as_float(jnp.asarray(log_multiplier))
     combined = jax.nn.sigmoid(-share) * as_float(advantage) - jax.nn.sigmoid(share) * as_float(cost_advantage)
     return jax.lax.stop_gradient(combined)
@@ -172,4 +173,5 @@ def ptx_loss(
       Ouyang et al., 2022, arXiv:2203.02155, Eq. 2.
     """
     check_at_least("coefficient", coefficient, 0)
+    check_alike(mask, token_logp)
     return coefficient * jnp.where(mask, -as_float(token_logp), 0)

@@ -7,14 +7,13 @@ Gaussian steps is a policy with K tokens: `transition_logp` and `transition_kl` 
 each, `ddpo_loss` its policy gradient.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from tiltjax.losses.mle import weighted_mle_loss
 from tiltjax.losses.policy_gradient import ppo_clip_loss
-from tiltjax.ops.checks import check_choice
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.checks import check_choice, check_per_row
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.tilt.weights import tilt
 from tiltjax.types import Array, AxisName, Bool, Float, Numeric
 
@@ -67,7 +66,8 @@ def denoising_loss(
       arXiv:2006.11239, Eq. 14; Salimans, Ho, 2022, arXiv:2202.00512, Appendix D (velocity).
     """
     check_choice("kind", kind, _KINDS)
-    chex.assert_equal_shape([prediction, clean, noise])
+    check_alike(None, prediction, clean, noise)
+    check_alike(where, prediction[..., 0], alpha_bar)
     real = None if where is None else where[..., None]
     prediction, clean, noise = (as_float(x if real is None else jnp.where(real, x, 0)) for x in
                                 (prediction, clean, noise))  # fmt: skip
@@ -142,6 +142,7 @@ def transition_logp(
       -2.8379
     """
     x, mean = jax.lax.stop_gradient(as_float(x)), as_float(mean)
+    check_per_row("std", std, mean.shape[:-1])
     std = jnp.broadcast_to(jnp.asarray(std, mean.dtype), mean.shape[:-1])
     square = jnp.sum(jnp.square((x - mean) / std[..., None]), axis=-1)
     return -square / 2 - mean.shape[-1] * (jnp.log(std) + jnp.log(2 * jnp.pi) / 2)
@@ -168,6 +169,7 @@ def transition_kl(
       4.0
     """
     mean, ref_mean = as_float(mean), jax.lax.stop_gradient(as_float(ref_mean))
+    check_per_row("std", std, mean.shape[:-1])
     std = jnp.broadcast_to(jnp.asarray(std, mean.dtype), mean.shape[:-1])
     return jnp.sum(jnp.square((mean - ref_mean) / std[..., None]), axis=-1) / 2
 

@@ -29,9 +29,18 @@ from tiltjax.advantages import reward_to_go, token_reward
 from tiltjax.losses.penalties import full_vocabulary_kl, kl_k1, kl_k3_corrected
 from tiltjax.losses.policy_gradient import mdpo_loss, reinforce_loss
 from tiltjax.losses.preference.dpo import dpo_loss
-from tiltjax.losses.preference.pairs import Beta, gap, logistic, pairs
-from tiltjax.ops.checks import check_at_least, check_choice, check_positive
-from tiltjax.ops.masked import as_float, masked_mean, masked_sum
+from tiltjax.losses.preference.pairs import Beta, gap, logistic, pairs, ratio_gap
+from tiltjax.ops.checks import (
+    check_at_least,
+    check_boolean,
+    check_choice,
+    check_per_row,
+    check_positive,
+    check_within,
+    is_number,
+)
+from tiltjax.ops.logspace import scale
+from tiltjax.ops.masked import as_float, check_alike, masked_mean, masked_sum
 from tiltjax.types import Array, Bool, Float, Numeric
 
 __all__ = [
@@ -97,8 +106,8 @@ def spin_loss(
     """
     check_positive("beta", beta)
     check_choice("link", link, _LINKS)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
-    margin = beta * gap(logp - ref_logp)
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
+    margin = beta * ratio_gap(logp, ref_logp)
     return jnp.where(real, _LINKS[link](margin), 0)
 
 
@@ -145,8 +154,8 @@ def dno_loss(
       Rosset et al., 2024, arXiv:2404.03715, Algorithm 1.
     """
     check_positive("beta", beta)
-    real, logp, ref_logp, win_rate = pairs(where, logp, ref_logp, win_rate)
-    margin, advantage = beta * gap(logp - ref_logp), gap(win_rate)
+    real, logp, ref_logp, win_rate = pairs(where, logp, ref_logp, win_rate, beta=beta)
+    margin, advantage = beta * ratio_gap(logp, ref_logp), gap(win_rate)
     loss = jax.nn.sigmoid(advantage) * logistic(margin) + jax.nn.sigmoid(-advantage) * logistic(-margin)
     return jnp.where(real, loss, 0)
 
@@ -198,9 +207,9 @@ def inpo_loss(
     """
     check_at_least("beta", beta, 0)
     check_positive("eta", eta)
-    if isinstance(beta, int | float) and isinstance(eta, int | float) and eta < beta:
+    if is_number(beta) and is_number(eta) and eta < beta:
         raise ValueError(f"eta must be at least beta, got {eta!r} with beta {beta!r}")
-    real, logp, ref_logp, old_logp = pairs(where, logp, ref_logp, old_logp)
+    real, logp, ref_logp, old_logp = pairs(where, logp, ref_logp, old_logp, beta=beta, eta=eta)
     share = beta / eta
     h = gap(logp) - share * gap(ref_logp) - (1 - share) * gap(old_logp)
     return jnp.where(real, jnp.square(h - 1 / (2 * eta)), 0)
@@ -248,9 +257,11 @@ def xpo_loss(
       Xie et al., 2024, arXiv:2405.21046, Algorithm 1.
     """
     check_at_least("alpha", alpha, 0)
+    check_boolean("from_reference", from_reference)
+    check_alike(None, logp, from_reference)
     loss = dpo_loss(logp, ref_logp, beta=beta, where=where)
     _, logp = pairs(where, logp)
-    return loss + alpha * masked_sum(logp, from_reference)
+    return loss + scale(alpha, masked_sum(logp, from_reference))
 
 
 def nash_md_loss(
@@ -297,6 +308,7 @@ def nash_md_loss(
     References:
       Munos et al., 2023, arXiv:2312.00886, section 7.
     """
+    check_per_row("win_rate", win_rate, jnp.shape(mask)[:-1])
     reward = token_reward(as_float(win_rate) - 0.5, kl_k1(token_logp, ref_token_logp, mask), mask, beta=beta)
     return masked_sum(reinforce_loss(token_logp, reward_to_go(reward, mask), mask))
 
@@ -335,6 +347,7 @@ def nash_md_surrogate_loss(
       Munos et al., 2023, arXiv:2312.00886, section 7, as in TRL's ``NashMDTrainer``.
     """
     check_at_least("beta", beta, 0)
+    check_per_row("win_rate", win_rate, jnp.shape(mask)[:-1])
     advantage = as_float(win_rate)[..., None] - 0.5 - beta * kl_k1(token_logp, ref_token_logp, mask)
     return masked_sum(reinforce_loss(token_logp, advantage, mask))
 
@@ -369,8 +382,8 @@ def geometric_mixture_logits(
     References:
       Munos et al., 2023, arXiv:2312.00886, section 7.
     """
-    if isinstance(mixture, int | float) and not 0 <= mixture <= 1:
-        raise ValueError(f"mixture must lie in [0, 1], got {mixture!r}")
+    check_within("mixture", mixture, 0, 1)
+    check_alike(None, logits, ref_logits)
     # A share of 0 takes no part: 0 * -inf is NaN.
     shares = ((1 - mixture, as_float(logits)), (mixture, as_float(ref_logits)))
     ours, theirs = (share * jnp.where(share > 0, x, 0) for share, x in shares)
@@ -512,6 +525,7 @@ def spo_reward(
       Swamy et al., 2024, arXiv:2401.04056, Algorithm 1.
     """
     preference = jax.lax.stop_gradient(as_float(preference))
+    check_alike(where, preference)
     return masked_mean(preference - 0.5 if centred else preference, where)
 
 
@@ -546,6 +560,7 @@ def self_play_reward(
       Swamy et al., 2024, arXiv:2401.04056.
     """
     N = preference.shape[-1]
+    check_alike(where, preference[..., 0])
     others = jnp.broadcast_to(~jnp.eye(N, dtype=bool), preference.shape)
     if where is not None:
         others = others & (where[..., :, None] & where[..., None, :])

@@ -6,14 +6,13 @@ summed loss by the number of tokens in the step, ``ops.masked.Average(total=loss
 carry gradient, and non-negative ones keep every loss bounded below.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_positive
-from tiltjax.ops.collectives import axis_index, axis_size, pmax, pmin
-from tiltjax.ops.logspace import divide, exp_sum
-from tiltjax.ops.masked import as_float, masked_mean, masked_sum
+from tiltjax.ops.checks import check_per_row, check_positive
+from tiltjax.ops.collectives import axis_index, axis_size, pmax, pmin, psum
+from tiltjax.ops.logspace import divide, exp_sum, log_weight, scale
+from tiltjax.ops.masked import as_float, check_alike, masked_mean, masked_sum
 from tiltjax.tilt.weights import tilt
 from tiltjax.types import Array, AxisName, Bool, Float, Int, Numeric
 
@@ -210,18 +209,19 @@ def var_weights(
       [0.25, 0.25]
     """
     check_positive("beta", beta)
-    chex.assert_equal_shape([ref_logp, reward])
+    check_per_row("beta", beta, ())
+    check_alike(where, ref_logp, reward)
     matched = _matched(matched, reward, axis_name)
 
     def centred(x: Array) -> Array:
         # Differences from the matched entry: |reward / beta| of 1e5 costs no precision.
         x = jax.lax.stop_gradient(as_float(x))
-        own = _column(x, matched)[..., None]
         x = x if where is None else jnp.where(where, x, 0)
-        return x - jnp.where(jnp.isfinite(own), own, 0)
+        own = _column(x, matched)[..., None]
+        return x - jnp.where(jnp.isinf(own), 0, own)
 
     weights, total = exp_sum(centred(reward) / beta + centred(ref_logp), where=where)
-    return _column(weights, matched) / jnp.where(total.mass > 0, total.mass, 1)
+    return _column(weights, matched) / jnp.where(total.mass == 0, 1, total.mass)
 
 
 def var_importance_loss(
@@ -260,7 +260,7 @@ def var_importance_loss(
       Du et al., 2025, arXiv:2502.11026; Jiao, Chen, Li, 2025, arXiv:2509.04372, Eq. 19.
     """
     check_positive("beta", beta)
-    exponent = divide(as_float(reward), beta) - as_float(log_z)[..., None]
+    exponent = log_weight(reward, log_z, beta=beta)
     count = masked_sum(jnp.ones_like(as_float(logp)), where, axis_name=axis_name)
     weights = jnp.exp(jnp.minimum(exponent, _MAX_EXPONENT))
     return weighted_mle_loss(logp, weights, where=where, axis_name=axis_name) / jnp.maximum(count, 1)
@@ -297,13 +297,16 @@ def best_of_n_sft_loss(
       Dong et al., 2023, arXiv:2304.06767.
     """
     reward = jax.lax.stop_gradient(as_float(reward))
-    if where is not None:
-        reward = jnp.where(where, reward, -jnp.inf)
-    best = reward == pmax(jnp.max(reward, axis=-1, keepdims=True), axis_name)
+    check_alike(where, reward)
+    real = jnp.full(reward.shape, True) if where is None else where
+    top = pmax(jnp.max(reward, axis=-1, keepdims=True, initial=-jnp.inf, where=real), axis_name)
     N = reward.shape[-1]
-    place = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32) + axis_index(axis_name) * N, reward.shape)
-    first = pmin(jnp.min(jnp.where(best, place, jnp.iinfo(jnp.int32).max), axis=-1, keepdims=True), axis_name)
-    return weighted_mle_loss(logp, (place == first).astype(reward.dtype), where=where, axis_name=axis_name)
+    place = (jnp.arange(N, dtype=jnp.int32) + axis_index(axis_name) * N).reshape((1,) * (reward.ndim - 1) + (N,))
+    best = jnp.where(real & (reward == top), place, jnp.iinfo(jnp.int32).max)
+    first = pmin(jnp.min(best, axis=-1, keepdims=True), axis_name)
+    unknown = psum(jnp.sum(real & jnp.isnan(reward), axis=-1, keepdims=True), axis_name) > 0
+    weights = jnp.where(unknown, jnp.nan, (place == first).astype(reward.dtype))
+    return weighted_mle_loss(logp, weights, where=where, axis_name=axis_name)
 
 
 def reward_weighted_regression_loss(
@@ -394,11 +397,11 @@ def advantage_weighted_regression_loss(
 def _weighted(logp: Array, weights: Array, where: Array | None) -> Array:
     """``-sg(w) logp`` per entry; 0, with gradient 0, where the entry is masked or its weight is 0."""
     logp, weights = as_float(logp), jax.lax.stop_gradient(as_float(weights))
-    chex.assert_equal_shape([logp, weights] if where is None else [logp, weights, where])
+    check_alike(where, logp, weights)
     if where is not None:
-        weights = jnp.where(where, weights, 0)
+        logp, weights = jnp.where(where, logp, 0), jnp.where(where, weights, 0)
     # Weights are constants: the gradient of a skipped entry is its weight, 0, times 0, whatever logp is.
-    return jnp.where(weights != 0, -weights * logp, 0)
+    return -scale(weights, logp)
 
 
 def _matched(matched: Array | None, entries: Array, axis_name: AxisName) -> Array:

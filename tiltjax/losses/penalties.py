@@ -17,12 +17,11 @@ functions of log-probabilities work element by element, so pass those of whole c
 to penalise the divergence of whole completions, or put ``beta * kl_k1``, without gradient, into the reward.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from tiltjax.ops.logspace import exp_remainder
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.types import Array, Bool, Float
 
 __all__ = ["entropy", "full_vocabulary_kl", "kl_k1", "kl_k2", "kl_k3", "kl_k3_corrected"]
@@ -174,7 +173,7 @@ def full_vocabulary_kl(
       >>> round(float(full_vocabulary_kl(jnp.zeros(2), jnp.log(jnp.array([0.25, 0.75])))), 4)
       0.1438
     """
-    chex.assert_equal_shape([logits, ref_logits])
+    check_alike(None, logits, ref_logits)
     logp, possible = _log_softmax(logits, mask)
     ref_logp, ref_possible = _log_softmax(jax.lax.stop_gradient(ref_logits), mask)
     gap = logp - jnp.where(ref_possible | ~possible, ref_logp, -jnp.inf)
@@ -209,13 +208,14 @@ def entropy(logits: Float[Array, "*batch V"], mask: Bool[Array, "*batch"] | None
 def _log_ratio(token_logp: Array, ref_token_logp: Array, mask: Array | None) -> Array:
     """``logp - sg(ref_logp)``, and 0 where masked: every penalty of a log-ratio of 0 is 0."""
     logp, ref_logp = as_float(token_logp), jax.lax.stop_gradient(as_float(ref_token_logp))
-    chex.assert_equal_shape([logp, ref_logp] if mask is None else [logp, ref_logp, mask])
+    check_alike(mask, logp, ref_logp)
     return logp - ref_logp if mask is None else jnp.where(mask, logp, 0) - jnp.where(mask, ref_logp, 0)
 
 
 def _log_softmax(logits: Array, mask: Array | None) -> tuple[Array, Array]:
     """Log-probabilities, 0 in place of -inf, and where they were finite; logits are all 0 where masked."""
     logits = as_float(logits)
+    check_alike(mask, logits[..., 0])
     if mask is not None:
         logits = jnp.where(mask[..., None], logits, 0)
     logp = jax.nn.log_softmax(logits)

@@ -10,13 +10,12 @@ step's ratio is then exactly 1, and every loss with a ratio has the gradient of 
 are cut before they are exponentiated, and give no gradient.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from tiltjax.losses.penalties import kl_k3_corrected
-from tiltjax.ops.checks import check_at_least, check_choice, check_fraction, check_positive
-from tiltjax.ops.masked import Average, as_float, masked_mean, masked_sum
+from tiltjax.ops.checks import check_at_least, check_choice, check_fraction, check_per_row, check_positive, is_number
+from tiltjax.ops.masked import Average, as_float, check_alike, masked_mean, masked_sum
 from tiltjax.types import Array, Bool, Float, Numeric
 
 __all__ = [
@@ -84,10 +83,11 @@ def aggregate(
     if (mode == "dr_grpo") != (max_length is not None):
         raise ValueError(f"max_length must be given for mode dr_grpo and for no other, got {max_length!r} for {mode}")
     check_at_least("max_length", max_length, 1)
-    chex.assert_equal_shape([values, mask])
+    check_alike(mask, values)
     per_candidate = masked_mean(values, mask) if mode == "seq_mean_token_mean" else masked_sum(values, mask)
     if max_length is not None:
         per_candidate = per_candidate / max_length
+    check_alike(where, per_candidate)
     real = jnp.any(mask, axis=-1) if where is None else where
     count = jnp.sum(mask & real[..., None] if mode == "token_mean" else real, dtype=per_candidate.dtype)
     return Average(total=jnp.sum(jnp.where(real, per_candidate, 0)), count=count)
@@ -121,6 +121,7 @@ def reinforce_loss(
     References:
       Williams, 1992, "Simple statistical gradient-following algorithms"; Ahmadian et al., 2024, arXiv:2402.14740.
     """
+    check_alike(mask, token_logp)
     return _per_token(advantage, mask) * jnp.where(mask, -as_float(token_logp), 0)
 
 
@@ -170,7 +171,7 @@ def ppo_clip_loss(
     """
     check_fraction("clip_low", clip_low)
     check_positive("clip_high", clip_high)
-    if isinstance(dual_clip, int | float) and not dual_clip > 1:
+    if is_number(dual_clip) and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip!r}")
     ratio = _ratio(_log_ratio(token_logp, old_token_logp, mask))
     return _clipped(ratio, _per_token(advantage, mask), clip_low, clip_high, dual_clip)
@@ -212,7 +213,7 @@ def value_loss(
     References:
       Schulman et al., 2017, arXiv:1707.06347 (Eq. 9 without the clip, which is in its code).
     """
-    chex.assert_equal_shape([value, old_value, returns, mask])
+    check_alike(mask, value, old_value, returns)
     value = jnp.where(mask, as_float(value), 0)
     old_value, returns = (jax.lax.stop_gradient(jnp.where(mask, as_float(x), 0)) for x in (old_value, returns))
     plain = jnp.square(value - returns) / 2
@@ -261,7 +262,7 @@ def gspo_loss(
     check_fraction("clip_low", clip_low)
     check_positive("clip_high", clip_high)
     ratio = _ratio(masked_mean(_log_ratio(token_logp, old_token_logp, mask), mask))
-    advantage = jnp.where(jnp.any(mask, axis=-1), jax.lax.stop_gradient(as_float(advantage)), 0)
+    advantage = _per_candidate(advantage, mask)
     return _spread(_clipped(ratio, advantage, clip_low, clip_high, None), mask)
 
 
@@ -346,6 +347,7 @@ def mdpo_loss(
     surrogate = _surrogate(ratio, _per_token(advantage, mask), clip)
     if token_kl is None:
         token_kl = kl_k3_corrected(token_logp, old_token_logp, old_token_logp, mask)
+    check_alike(mask, token_kl)
     return surrogate + beta * jnp.where(mask, as_float(token_kl), 0)
 
 
@@ -389,18 +391,21 @@ def mdloo_loss(
     """
     check_positive("beta", beta)
     log_ratio = masked_sum(_log_ratio(token_logp, old_token_logp, mask))
-    advantage = jnp.where(jnp.any(mask, axis=-1), jax.lax.stop_gradient(as_float(advantage)), 0)
+    advantage = _per_candidate(advantage, mask)
     per_candidate = _surrogate(_ratio(log_ratio), advantage, clip)
     if token_kl is None:
         zero = jnp.zeros_like(log_ratio)
         per_candidate = per_candidate + beta * kl_k3_corrected(log_ratio, zero, zero)
     length = jnp.maximum(jnp.sum(mask, axis=-1, dtype=per_candidate.dtype), 1)
     spread = _spread(per_candidate / length, mask)
-    return spread if token_kl is None else spread + beta * jnp.where(mask, as_float(token_kl), 0)
+    if token_kl is None:
+        return spread
+    check_alike(mask, token_kl)
+    return spread + beta * jnp.where(mask, as_float(token_kl), 0)
 
 
 def _log_ratio(token_logp: Array, old_token_logp: Array, mask: Array) -> Array:
-    chex.assert_equal_shape([token_logp, old_token_logp, mask])
+    check_alike(mask, token_logp, old_token_logp)
     token_logp, old_token_logp = as_float(token_logp), jax.lax.stop_gradient(as_float(old_token_logp))
     return jnp.where(mask, token_logp, 0) - jnp.where(mask, old_token_logp, 0)
 
@@ -413,9 +418,17 @@ def _per_token(advantage: Array, mask: Array) -> Array:
     """Advantages ``[*batch, N]`` or ``[*batch, N, T]`` as constants ``[*batch, N, T]``, 0 where masked."""
     advantage = jax.lax.stop_gradient(as_float(advantage))
     if advantage.ndim == mask.ndim - 1:
+        check_per_row("advantage", advantage, mask.shape[:-1])
         advantage = jnp.broadcast_to(advantage[..., None], mask.shape)
-    chex.assert_equal_shape([advantage, mask])
+    check_alike(mask, advantage)
     return jnp.where(mask, advantage, 0)
+
+
+def _per_candidate(advantage: Array, mask: Array) -> Array:
+    """Advantages ``[*batch, N]`` as constants, 0 for a candidate without a token."""
+    advantage, real = jax.lax.stop_gradient(as_float(advantage)), jnp.any(mask, axis=-1)
+    check_alike(real, advantage)
+    return jnp.where(real, advantage, 0)
 
 
 def _spread(per_candidate: Array, mask: Array) -> Array:

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from tiltjax.losses.binary import kto_loss
 from tiltjax.losses.preference.dpo import dpo_loss, implicit_reward
 from tiltjax.losses.reward_model import outcome_loss
-from tiltjax.ops.checks import check_at_least, check_choice, check_positive
-from tiltjax.ops.masked import as_float, masked_mean, masked_sum
+from tiltjax.ops.checks import check_at_least, check_boolean, check_choice, check_per_row, check_positive
+from tiltjax.ops.logspace import over_row
+from tiltjax.ops.masked import as_float, check_alike, masked_mean, masked_sum
 from tiltjax.types import Array, AxisName, Bool, Float, Int, Numeric
 
 __all__ = [
@@ -74,6 +75,7 @@ def implicit_process_reward(
       Yuan et al., 2024, arXiv:2412.01981; Cui et al., 2025, arXiv:2502.01456.
     """
     reward = implicit_reward(token_logp, ref_token_logp, beta=beta)
+    check_alike(where, reward)
     return reward if where is None else jnp.where(where, reward, 0)
 
 
@@ -165,6 +167,7 @@ def step_reward(
       Yuan et al., 2024, arXiv:2412.01981.
     """
     check_at_least("num_steps", num_steps, 1)
+    check_alike(where, token_reward, step)
     member = jax.nn.one_hot(step, num_steps, dtype=bool)
     if where is not None:
         member &= where[..., None]
@@ -199,6 +202,7 @@ def aggregate_steps(
       Lightman et al., 2023, arXiv:2305.20050 (product, min); Yuan et al., 2024, arXiv:2412.01981.
     """
     check_choice("mode", mode, _MODES)
+    check_alike(where, reward)
     if mode == "mean":
         return masked_mean(reward, where)
     reward = as_float(reward)
@@ -256,8 +260,9 @@ def implicit_prm_ce_loss(
       Yuan et al., 2024, arXiv:2412.01981; Cui et al., 2025, arXiv:2502.01456.
     """
     check_positive("beta", beta)
-    bias = bias if jnp.ndim(bias) == 0 else jnp.expand_dims(bias, -1)
-    return outcome_loss(_implicit(logp, ref_logp, beta, where) + bias, correct, where=where)
+    check_boolean("correct", correct)
+    logit = _implicit(logp, ref_logp, beta, where)
+    return outcome_loss(logit + over_row("bias", bias, logit), correct, where=where)
 
 
 def implicit_prm_dpo_loss(
@@ -293,12 +298,18 @@ def implicit_prm_dpo_loss(
     References:
       Yuan et al., 2024, arXiv:2412.01981; Rafailov et al., 2023, arXiv:2305.18290, Eq. 7.
     """
+    check_boolean("correct", correct)
+    check_per_row("beta", beta, ())
     logp, ref_logp, correct = as_float(logp), as_float(ref_logp), jnp.asarray(correct)
+    check_alike(where, logp, ref_logp, correct)
     real = jnp.full(logp.shape, True) if where is None else where
     pair = (real & correct)[..., :, None] & (real & ~correct)[..., None, :]
     loss = dpo_loss(_pairs(logp), _pairs(ref_logp), beta=beta, where=jnp.stack([pair, pair], axis=-1))
     flat = (*pair.shape[:-2], -1)
-    return masked_mean(loss.reshape(flat), pair.reshape(flat))
+    mean = masked_mean(loss.reshape(flat), pair.reshape(flat))
+    # A candidate in no pair has no loss, but it may not be unknown.
+    unknown = jnp.any(real & jnp.isnan(jax.lax.stop_gradient(logp + ref_logp)), axis=-1)
+    return jnp.where(unknown, jnp.nan, mean)
 
 
 def implicit_prm_kto_loss(
@@ -336,6 +347,7 @@ def implicit_prm_kto_loss(
     References:
       Yuan et al., 2024, arXiv:2412.01981; Ethayarajh et al., 2024, arXiv:2402.01306, Eqs. 7-8.
     """
+    check_boolean("correct", correct)
     return kto_loss(
         logp,
         ref_logp,
@@ -384,7 +396,9 @@ def implicit_prm_nca_loss(
       Yuan et al., 2024, arXiv:2412.01981; Chen et al., 2024, arXiv:2402.05369.
     """
     check_positive("beta", beta)
+    check_boolean("correct", correct)
     reward = _implicit(logp, ref_logp, beta, where)
+    check_alike(where, reward, correct)
     right = correct if where is None else correct & where
     drawn = masked_mean(jax.nn.log_sigmoid(reward), right, axis_name=axis_name)
     return -drawn - masked_mean(jax.nn.log_sigmoid(-reward), where, axis_name=axis_name)
@@ -392,7 +406,10 @@ def implicit_prm_nca_loss(
 
 def _implicit(logp: Array, ref_logp: Array, beta: Numeric, where: Array | None) -> Array:
     """The implicit reward with its gradient (`implicit_reward` has none), 0 where masked."""
-    reward = beta * (as_float(logp) - jax.lax.stop_gradient(as_float(ref_logp)))
+    check_per_row("beta", beta, ())
+    logp, ref_logp = as_float(logp), jax.lax.stop_gradient(as_float(ref_logp))
+    check_alike(where, logp, ref_logp)
+    reward = beta * (logp - ref_logp)
     return reward if where is None else jnp.where(where, reward, 0)
 
 

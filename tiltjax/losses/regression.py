@@ -5,13 +5,13 @@ how they deal with log Z: approximated, cancelled between two completions, or es
 in nats. Where the papers write a step size ``eta``, this library writes ``beta = 1 / eta``.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from tiltjax.losses.preference.pairs import gap, pairs, ratio_gap
 from tiltjax.ops.checks import check_choice, check_positive
-from tiltjax.ops.logspace import divide
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.logspace import divide, log_weight
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.types import Array, Bool, Float, Numeric
 
 __all__ = ["log_ratio_regression_loss", "rebel_loss", "sppo_loss"]
@@ -103,10 +103,9 @@ def rebel_loss(
     """
     check_positive("beta", beta)
     check_choice("scale", scale, ("paper", "code"))
-    real, ratio, reward = _prepare(logp, ref_logp, as_float(reward), where)
-    both = jnp.all(real, axis=-1)
-    gap, reward_gap = (jnp.where(both, x[..., 0] - x[..., 1], 0) for x in (ratio, reward))
-    return jnp.square(beta * gap - reward_gap if scale == "paper" else gap - reward_gap / beta)
+    real, logp, ref_logp, reward = pairs(where, logp, ref_logp, reward, beta=beta)
+    h, reward_gap = ratio_gap(logp, ref_logp), gap(reward)
+    return jnp.where(real, jnp.square(beta * h - reward_gap if scale == "paper" else h - reward_gap / beta), 0)
 
 
 def log_ratio_regression_loss(
@@ -150,7 +149,7 @@ def log_ratio_regression_loss(
       Rafailov et al., 2023, arXiv:2305.18290, Eq. 5, as a regression.
     """
     check_positive("beta", beta)
-    return _regression(logp, ref_logp, divide(as_float(reward), beta) - as_float(log_z)[..., None], where)
+    return _regression(logp, ref_logp, log_weight(reward, log_z, beta=beta), where)
 
 
 def _regression(logp: Array, ref_logp: Array, target: Array, where: Array | None) -> Array:
@@ -161,7 +160,7 @@ def _regression(logp: Array, ref_logp: Array, target: Array, where: Array | None
 def _prepare(logp: Array, ref_logp: Array, target: Array, where: Array | None) -> tuple[Array, Array, Array]:
     """Which entries are real, their log-ratio, and their target without gradient; 0 where they are not."""
     logp, ref_logp, target = as_float(logp), *(jax.lax.stop_gradient(x) for x in (as_float(ref_logp), target))
-    chex.assert_equal_shape([logp, ref_logp, target] if where is None else [logp, ref_logp, target, where])
+    check_alike(where, logp, ref_logp, target)
     real = jnp.full(logp.shape, True) if where is None else where
     logp, ref_logp, target = (jnp.where(real, x, 0) for x in (logp, ref_logp, target))
     return real, logp - ref_logp, target

@@ -8,13 +8,13 @@ set; or train with ``centring``.
 A scalar head is read at the last real token of a completion (its end token), whichever side the padding is on.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from tiltjax.losses.preference.pairs import gap, pairs
-from tiltjax.ops.checks import check_at_least
-from tiltjax.ops.masked import as_float, masked_mean
+from tiltjax.ops.checks import check_at_least, check_boolean, check_pair
+from tiltjax.ops.logspace import scale
+from tiltjax.ops.masked import as_float, check_alike, masked_mean, shares
 from tiltjax.ops.order import plackett_luce_logp
 from tiltjax.types import Array, Bool, Float, Int, Numeric
 
@@ -72,13 +72,17 @@ def bradley_terry_loss(
       (margin); Eisenstein et al., 2023, arXiv:2312.09244 (centring).
     """
     check_at_least("centring", centring, 0)
-    real, reward = pairs(where, reward)
-    margin = 0.0 if margin is None else jnp.where(real, _constant(jnp.asarray(margin)), 0)
+    check_pair("reward", reward)
+    real, reward = pairs(where, reward, margin=margin, label=label)
+    margin = 0.0 if margin is None else jnp.where(real, _constant(margin), 0)
     loss = -jax.nn.log_sigmoid(gap(reward) - margin)
     if label is not None:
-        label = jnp.where(real, _constant(label), 0)
-        loss = label * loss - (1 - label) * jax.nn.log_sigmoid(-gap(reward) - margin)
-    return jnp.where(real, loss + centring * jnp.square(jnp.sum(reward, axis=-1)), 0)
+        label = shares("label", label, loss, real)
+        loss = scale(label, loss) - scale(1 - label, jax.nn.log_sigmoid(-gap(reward) - margin))
+    total = jnp.sum(reward, axis=-1)
+    # Without centring, an infinite reward of the rejected costs nothing, and has no gradient.
+    total = jnp.where((centring == 0) & jnp.isinf(total), 0, total)
+    return jnp.where(real, loss + centring * jnp.square(total), 0)
 
 
 def plackett_luce_loss(
@@ -142,11 +146,11 @@ def outcome_loss(
     References:
       Cobbe et al., 2021, arXiv:2110.14168.
     """
-    logit, correct = as_float(logit), _constant(correct)
-    chex.assert_equal_shape([logit, correct] if where is None else [logit, correct, where])
+    logit = as_float(logit)
+    correct = shares("correct", correct, logit, where)
     if where is not None:
-        logit, correct = jnp.where(where, logit, 0), jnp.where(where, correct, 0)
-    loss = -correct * jax.nn.log_sigmoid(logit) - (1 - correct) * jax.nn.log_sigmoid(-logit)
+        logit = jnp.where(where, logit, 0)
+    loss = -scale(correct, jax.nn.log_sigmoid(logit)) - scale(1 - correct, jax.nn.log_sigmoid(-logit))
     return loss if where is None else jnp.where(where, loss, 0)
 
 
@@ -208,8 +212,8 @@ def process_class_loss(
       Lightman et al., 2023, arXiv:2305.20050.
     """
     logit = as_float(step_logit)
+    check_alike(where, label, logit[..., 0])
     if where is not None:
-        chex.assert_equal_shape([label, where])
         logit, label = jnp.where(where[..., None], logit, 0), jnp.where(where, label, 0)
     logp = jnp.take_along_axis(jax.nn.log_softmax(logit), label[..., None], axis=-1)[..., 0]
     return -masked_mean(logp, where)
@@ -268,11 +272,13 @@ def cost_model_loss(
     References:
       Dai et al., 2023, arXiv:2310.12773, Eq. 6.
     """
-    chex.assert_equal_shape([cost, harmful])
+    check_pair("cost", cost)
+    check_boolean("harmful", harmful)
+    check_alike(None, cost, harmful)
     real, cost = pairs(where, cost)
     harm = jax.nn.log_sigmoid(jnp.where(harmful, cost, -cost))
     return jnp.where(real, -jax.nn.log_sigmoid(-gap(cost)) - jnp.sum(harm, axis=-1), 0)
 
 
-def _constant(x: Array) -> Array:
+def _constant(x: Array | float) -> Array:
     return jax.lax.stop_gradient(as_float(x))

@@ -4,14 +4,35 @@ The largest entry is subtracted before the division by a temperature, so the res
 A real NaN is never hidden: it makes the sum NaN.
 """
 
-import chex
-import jax.numpy as jnp
+from typing import Any
 
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tiltjax.ops.checks import check_per_row, is_number
 from tiltjax.ops.collectives import pmax, psum
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.types import Array, AxisName, Bool, Dtype, Float, Numeric
 
-__all__ = ["LogSum", "divide", "empty", "exp_remainder", "exp_sum", "logmeanexp", "logsumexp", "merge"]
+__all__ = [
+    "LogSum",
+    "centred_difference",
+    "difference",
+    "divide",
+    "empty",
+    "exp_remainder",
+    "exp_sum",
+    "log_softmax",
+    "log_weight",
+    "logmeanexp",
+    "logsumexp",
+    "merge",
+    "over_row",
+    "quotient",
+    "scale",
+]
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -51,7 +72,93 @@ class LogSum:
 
 def divide(x: Array, beta: Numeric | Float[Array, "*batch"]) -> Array:
     """``x / beta`` where ``beta`` is a number, or one per row of ``x [*batch, N]``."""
-    return x / beta if jnp.ndim(beta) == 0 else x / jnp.expand_dims(beta, -1)
+    return x / over_row("beta", beta, x)
+
+
+def over_row(name: str, value: Numeric | Float[Array, "*batch"], x: Float[Array, "*batch N"]) -> Any:
+    """A number, or one per row of ``x [*batch, N]``, as it broadcasts against ``x``.
+
+    Args:
+      name: Of the argument, for the error.
+      value: A number, or ``[*batch]``.
+      x: Of any shape ``[*batch, N]``.
+
+    Returns:
+      The number, or ``[*batch, 1]``.
+
+    Raises:
+      ValueError: If ``value`` has another shape.
+    """
+    check_per_row(name, value, jnp.shape(x)[:-1])
+    return value if jnp.ndim(value) == 0 else jnp.expand_dims(value, -1)
+
+
+def scale(factor: Numeric | Array, x: Array) -> Array:
+    """``factor * x``, and 0 where the factor is 0 and ``x`` infinite: the limit of what takes no part. NaN stays."""
+    return jnp.where((factor == 0) & jnp.isinf(x), 0, factor * x)
+
+
+def log_weight(
+    x: Float[Array, "*batch N"], log_z: Float[Array, "*batch"], *, beta: Numeric | Float[Array, "*batch"]
+) -> Float[Array, "*batch N"]:
+    """``x / beta - log_z``, to rounding where the two are large and nearly the same.
+
+    Args:
+      x: Exponents before the division by ``beta``.
+      log_z: One per row.
+      beta: Positive; a number or one per row.
+
+    Returns:
+      The difference, ``[*batch, N]``.
+    """
+    x = as_float(x)
+    share, lost = quotient(x, over_row("beta", beta, x))
+    return (share - over_row("log_z", as_float(log_z), x)) + lost
+
+
+def difference(x: Array, y: Array) -> tuple[Array, Array]:
+    """``x - y``, rounded, and what the rounding lost (Knuth's two-sum); the second has no gradient, nor infinities."""
+    a, b = jax.lax.stop_gradient(x), jax.lax.stop_gradient(y)
+    total = a - b
+    part = total - a
+    return x - y, _zero_unless_finite((a - (total - part)) - (b + part))
+
+
+def centred_difference(
+    x: Float[Array, "*batch N"],
+    y: Float[Array, "*batch N"],
+    *,
+    where: Bool[Array, "*batch N"] | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, "*batch N"]:
+    """``x - y`` less its largest entry, rounded: what rows have in common costs no digits of their differences.
+
+    Args:
+      x: Any, trained.
+      y: The same shape.
+      where: True for real entries; the others are 0.
+      axis_name: Mapped axis over which the last axis is split.
+
+    Returns:
+      The difference up to a constant per row, which has no gradient, ``[*batch, N]``.
+    """
+    check_alike(where, x, y)
+    real = jnp.full(x.shape, True) if where is None else where
+    total, lost = difference(*(jnp.where(real, v, 0) for v in (x, y)))
+    top = pmax(jnp.max(total, axis=-1, initial=-jnp.inf, where=real), axis_name)
+    return jnp.where(real, (total - _finite(top)[..., None]) + lost, 0)
+
+
+def quotient(x: Array, y: Numeric | Array) -> tuple[Array, Array]:
+    """``x / y``, rounded, and what the rounding lost; the second has no gradient, nor infinities."""
+    a, b = jax.lax.stop_gradient(x), jax.lax.stop_gradient(jnp.asarray(y, x.dtype))
+    share = a / b
+    # The product is formed from halves, whose products are exact.
+    (high, low), (b_high, b_low) = _halves(share), _halves(b)
+    rest = ((a - high * b_high) - (high * b_low + low * b_high)) - low * b_low
+    if is_number(y):  # A Python number has more digits than the array.
+        rest = rest - share * (float(y) - float(np.asarray(y, x.dtype)))
+    return x / y, _zero_unless_finite(rest / b)
 
 
 def exp_sum(
@@ -73,8 +180,8 @@ def exp_sum(
       The weights in [0, 1] (0 where masked), and the sum of all of them over the last axis and ``axis_name``.
     """
     x = as_float(x)
+    check_alike(where, x)
     if where is not None:
-        chex.assert_equal_shape([x, where])
         x = jnp.where(where, x, -jnp.inf)
     shift = pmax(jnp.max(x, axis=-1, initial=-jnp.inf), axis_name)
     # Masked entries stand at the shift while they are exponentiated: finite values, finite gradients.
@@ -103,6 +210,42 @@ def logmeanexp(
 ) -> Float[Array, "*batch"]:
     """``log (1/n) sum_i exp(x_i)`` over the ``n`` real entries of the last axis; 0 where there is none."""
     return exp_sum(x, where=where, axis_name=axis_name)[1].log_mean
+
+
+def log_softmax(
+    x: Float[Array, "*batch N"],
+    *,
+    factor: Numeric = 1.0,
+    where: Bool[Array, "*batch N"] | None = None,
+    axis_name: AxisName = None,
+) -> Float[Array, "*batch N"]:
+    """``factor x_i - log sum_j exp(factor x_j)`` over the real entries, to rounding where it is near 0 too.
+
+    Args:
+      x: Exponents before the multiplication by ``factor``, so that what all have in common costs no digits.
+      factor: Positive.
+      where: True for real entries.
+      axis_name: Mapped axis over which the last axis is split.
+
+    Returns:
+      The log-shares, at most 0, the shape of ``x``; 0 where masked.
+
+    Example:
+      >>> f"{log_softmax(jnp.array([1012.0, 1000.0]))[0]:.4e}"
+      '-6.1442e-06'
+    """
+    x = as_float(x)
+    check_alike(where, x)
+    real = jnp.full(x.shape, True) if where is None else where
+    x = jnp.where(real, x, 0)
+    top = pmax(jnp.max(x, axis=-1, initial=-jnp.inf, where=real), axis_name)
+    below = factor * (x - _finite(top)[..., None])
+    first = real & (x == top[..., None])
+    # All of the mass but the 1 of a largest entry: a small remainder keeps its digits.
+    rest = jnp.where(first, jnp.expm1(jnp.where(first, below, 0)), jnp.where(real, jnp.exp(below), 0))
+    rest, ties = psum((jnp.sum(rest, axis=-1), jnp.sum(first, axis=-1, dtype=x.dtype)), axis_name)
+    total = jnp.log1p(rest + jnp.maximum(ties - 1, 0))
+    return jnp.where(real, below - total[..., None], 0)
 
 
 def empty(shape: tuple[int, ...] = (), dtype: Dtype = jnp.float32) -> LogSum:
@@ -138,6 +281,16 @@ def exp_remainder(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         series = 1 + series * near / k
     far = jnp.where(small | (x == jnp.inf), 1, x)
     return jnp.where(small, jnp.square(near) / 2 * series, jnp.where(x == jnp.inf, x, jnp.expm1(far) - far))
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+    info = jnp.finfo(x.dtype)
+    high = jax.lax.reduce_precision(x, info.nexp, info.nmant // 2)
+    return high, x - high
+
+
+def _zero_unless_finite(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _finite(shift: Array) -> Array:

@@ -1,18 +1,15 @@
 """Order: what the best of n would have scored, from N >= n draws that were not ordered; and how likely an order is."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiltjax.ops.checks import check_at_least
-from tiltjax.ops.masked import as_float, masked_sum
+from tiltjax.ops.checks import check_at_least, check_one_shape
+from tiltjax.ops.logspace import logsumexp
+from tiltjax.ops.masked import as_float, check_alike, masked_sum
 from tiltjax.types import Array, Bool, Float, Int
 
 __all__ = ["expected_max", "pass_at_k", "pass_at_k_bound", "plackett_luce_logp"]
-
-# Stands for the score of a masked item: its exponential is 0 next to any other, its differences are finite.
-_NEVER = -1e30
 
 
 def expected_max(
@@ -53,7 +50,7 @@ def expected_max(
     reward = as_float(reward)
     if where is None:
         where = jnp.ones(reward.shape, bool)
-    chex.assert_equal_shape([reward, where])
+    check_alike(where, reward)
     real = jnp.sum(where, axis=-1, keepdims=True, dtype=reward.dtype)
     descending = -jnp.sort(jnp.where(where, -reward, jnp.inf), axis=-1)
     j = jnp.arange(N, dtype=reward.dtype).reshape(*[1] * (reward.ndim - 1), N)
@@ -65,7 +62,9 @@ def expected_max(
     top = jnp.where(real >= n, descending[..., :1], 0)
     # The coefficients sum to 1: summing shortfalls below the largest makes a common shift of the rewards exact.
     shortfall = jnp.where(used, top - jnp.where(used, descending, 0), 0)
-    return top[..., 0] - jnp.sum(jnp.where(used, coefficient, 0) * shortfall, axis=-1)
+    estimate = top[..., 0] - jnp.sum(jnp.where(used, coefficient, 0) * shortfall, axis=-1)
+    # Not every draw has a coefficient, but none may be unknown.
+    return jnp.where(jnp.any(where & jnp.isnan(reward), axis=-1), jnp.nan, estimate)
 
 
 def pass_at_k(num_correct: Int[Array, "*batch"], *, num_samples: int, k: int) -> Float[Array, "*batch"]:
@@ -131,9 +130,10 @@ def pass_at_k_bound(
       Liu et al., 2025, arXiv:2505.24864.
     """
     check_at_least("k", k, 2)
+    check_one_shape(mean=mean, variance=variance)
     mean, variance = as_float(mean), as_float(variance)
     below_one = jnp.maximum(variance - mean * (2 - mean), -1)  # Of the bracket: (1 - mean)^2 + variance - 1.
-    real = below_one > -1
+    real = ~(below_one <= -1)
     return jnp.where(real, -jnp.expm1(k / 2 * jnp.log1p(jnp.where(real, below_one, 0))), 1)
 
 
@@ -163,11 +163,13 @@ def plackett_luce_logp(
       Plackett, 1975, "The analysis of permutations".
     """
     score = as_float(score)
+    check_alike(where, score)
     real = jnp.full(score.shape, True) if where is None else where
-    chex.assert_equal_shape([score, real])
-    score = jnp.where(real, score, _NEVER)
     if ranking is not None:
+        check_alike(None, score, ranking)
         score, real = (jnp.take_along_axis(x, ranking, axis=-1) for x in (score, real))
-    left = jax.lax.cumlogsumexp(score, axis=score.ndim - 1, reverse=True)
-    # The last real rank contributes score - score: the sum needs no end.
-    return masked_sum(score - left, real)
+    score = jnp.where(real, score, 0)
+    # Who comes later against who is drawn, pair by pair: what all scores have in common costs no digits.
+    lead = score[..., None, :] - score[..., :, None]
+    later = jnp.triu(jnp.full(lead.shape, True), 1) & real[..., None, :] & real[..., :, None]
+    return -masked_sum(jax.nn.softplus(logsumexp(lead, where=later)), real)

@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from tiltjax.ops.bits import part
 from tiltjax.ops.checks import check_at_least, check_positive
 from tiltjax.ops.collectives import alike, num_parts
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.masked import masked_sum
 from tiltjax.ops.matmul import dot, matmul, outer
 from tiltjax.types import Array, Bool, Dtype, Float, Int, UInt8
 
@@ -128,7 +128,7 @@ def sequence_logp(token_logp: Float[Array, "*batch T"], mask: Bool[Array, "*batc
     Returns:
       One sum per completion; 0 for an empty one.
     """
-    return jnp.sum(jnp.where(mask, as_float(token_logp), 0), axis=-1)
+    return masked_sum(token_logp, mask)
 
 
 def eos_mask(token: Int[Array, "*batch T"], eos_id: int | tuple[int, ...]) -> Bool[Array, "*batch T"]:

@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiltjax.ops.checks import check_choice
-from tiltjax.ops.masked import as_float, masked_mean, masked_sum
+from tiltjax.ops.checks import check_boolean, check_choice, is_number
+from tiltjax.ops.masked import as_float, check_alike, masked_mean, masked_sum
 from tiltjax.types import Array, Bool, Float, Int, Numeric
 
 __all__ = [
@@ -94,8 +94,8 @@ def self_certainty(
     """
     check_choice("direction", direction, ("policy_to_uniform", "uniform_to_policy"))
     logits = jax.lax.stop_gradient(as_float(logits))
+    check_alike(where, logits[..., 0])
     if where is not None:
-        chex.assert_equal_shape([logits[..., 0], where])
         logits = jnp.where(where[..., None], logits, 0)
     real = jnp.broadcast_to(_real_entries(vocabulary, logits.shape[-1]), logits.shape)
     logp = jax.nn.log_softmax(logits, where=real)
@@ -119,7 +119,6 @@ def token_mean(
     Returns:
       One reward per completion, in the unit of ``value``; 0 without a real token.
     """
-    chex.assert_equal_shape([value] if where is None else [value, where])
     return masked_mean(jax.lax.stop_gradient(value), where)
 
 
@@ -150,7 +149,6 @@ def token_entropy_reward(
     check_choice("reduce", reduce, ("mean", "sum"))
     if reduce == "mean":
         return -token_mean(entropy, where=where)
-    chex.assert_equal_shape([entropy] if where is None else [entropy, where])
     return -masked_sum(jax.lax.stop_gradient(entropy), where)
 
 
@@ -343,16 +341,17 @@ def cluster_answers(
 def _real_entries(vocabulary: int | Array | None, size: int) -> Array:
     if vocabulary is None:
         return jnp.ones(size, bool)
-    if isinstance(vocabulary, int):
+    if is_number(vocabulary):
         if not 1 <= vocabulary <= size:
             raise ValueError(f"vocabulary must lie in 1 to {size}, the size of the last axis; got {vocabulary}")
         return jnp.arange(size) < vocabulary
+    check_boolean("vocabulary", vocabulary)
     chex.assert_shape(vocabulary, (size,))
     return jnp.asarray(vocabulary)
 
 
 def _parsed(answer: Array, where: Array | None) -> Array:
-    chex.assert_equal_shape([answer] if where is None else [answer, where])
+    check_alike(where, answer)
     return answer >= 0 if where is None else (answer >= 0) & where
 
 

@@ -4,12 +4,11 @@ All are 0 at best and without gradient: lengths, formats and tokens have none. T
 their own, are in `tiltjax.rewards.text`.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_at_least
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.checks import check_at_least, check_boolean, check_per_row
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.types import Array, Bool, Float, Int, Numeric
 
 __all__ = ["format_penalty", "length_penalty", "overlong_penalty", "repetition_penalty"]
@@ -44,7 +43,7 @@ def overlong_penalty(
     check_at_least("max_length", max_length, 1)
     if not 1 <= cache <= max_length:
         raise ValueError(f"cache must lie in 1 to max_length = {max_length}, got {cache!r}")
-    return as_float(jnp.clip(max_length - cache - length, -cache, 0)) / cache
+    return jnp.clip(max_length - cache - _signed(length), -cache, 0) / cache
 
 
 def length_penalty(
@@ -76,9 +75,8 @@ def length_penalty(
       Aggarwal, Welleck, 2025, arXiv:2503.04697 (a target length given in the prompt, ``coefficient=0.0003``).
     """
     check_at_least("coefficient", coefficient, 0)
-    if jnp.ndim(target):
-        chex.assert_equal_shape([length, target])
-    return jax.lax.stop_gradient(-coefficient * as_float(jnp.abs(length - target)) + 0.0)
+    check_per_row("target", target, jnp.shape(length))
+    return jax.lax.stop_gradient(-coefficient * jnp.abs(_signed(length) - _signed(target)) + 0.0)
 
 
 def format_penalty(valid: Bool[Array, "*batch"], *, penalty: Numeric = 1.0) -> Float[Array, "*batch"]:
@@ -99,6 +97,7 @@ def format_penalty(valid: Bool[Array, "*batch"], *, penalty: Numeric = 1.0) -> F
       [0.0, -0.5]
     """
     check_at_least("penalty", penalty, 0)
+    check_boolean("valid", valid)
     return jax.lax.stop_gradient(jnp.where(valid, 0.0, -as_float(jnp.asarray(penalty))))
 
 
@@ -131,8 +130,8 @@ def repetition_penalty(
     """
     check_at_least("ngram", ngram, 1)
     tokens = jnp.asarray(tokens)
+    check_alike(where, tokens)
     where = jnp.ones(tokens.shape, bool) if where is None else jnp.asarray(where)
-    chex.assert_equal_shape([tokens, where])
     windows = tokens.shape[-1] - ngram + 1
     if windows < 1:
         return jnp.zeros(tokens.shape[:-1])
@@ -145,3 +144,8 @@ def repetition_penalty(
     repeated &= jnp.take_along_axis(real, order, axis=-1)[..., 1:]
     count = jnp.sum(real, axis=-1)
     return -(jnp.sum(repeated, axis=-1) / jnp.maximum(count, 1)) + 0.0
+
+
+def _signed(length: int | Array) -> Array:
+    """Lengths as floats: a difference of unsigned integers would wrap around."""
+    return jnp.asarray(length, jnp.float32)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from tiltjax.ops.checks import check_positive
 from tiltjax.ops.collectives import axis_index, axis_size, pmax, pmin, psum
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.logspace import over_row
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.types import Array, AxisName, Bool, Dtype, Float, Int, Numeric, PRNGKey, PyTree
 
 __all__ = ["Winner", "best_of_n", "init", "merge", "merge_over", "soft_best_of_n", "update"]
@@ -49,7 +50,7 @@ def best_of_n(
     :math:`\mathrm{KL} = \log N - (N-1)/N` from the reference; with ties that figure is an upper bound.
 
     Args:
-      reward: Reward of every candidate, reward units. NaN never wins.
+      reward: Reward of every candidate, reward units. NaN never wins, and -inf only against what is masked.
       where: True for real candidates; None means all.
       axis_name: Mapped axis over which the candidates are split.
 
@@ -90,7 +91,7 @@ def soft_best_of_n(
 
     Args:
       key: Consumed. The noise of candidate ``i`` is drawn under ``jax.random.fold_in(key, i)``.
-      reward: Reward of every candidate, reward units. NaN and -inf never win.
+      reward: Reward of every candidate, reward units. NaN never wins, and -inf only where all real ones are.
       beta: Strength of the KL term, > 0, reward units; a number, or one per prompt.
       where: True for real candidates; None means all.
       axis_name: Mapped axis over which the candidates are split.
@@ -181,7 +182,7 @@ def update(
     reward = jnp.asarray(reward, winner.reward.dtype)
     beta = jnp.asarray(beta, reward.dtype)
     noise = _gumbel(key, winner.count, reward.shape, reward.dtype)
-    noise = _unfused(noise * (beta if beta.ndim == 0 else beta[..., None]))
+    noise = _unfused(noise * over_row("beta", beta, reward))
     return _challenge(winner, *_enter(reward, noise, where), payload)
 
 
@@ -252,15 +253,15 @@ def _unfused(product: Array) -> Array:
 
 def _enter(reward: Array, noise: Array, where: Array | None) -> tuple[Array, Array, Array]:
     """The reward, ``reward + noise`` rounded, and what the rounding lost (Knuth's two-sum); -inf and 0 where masked."""
-    real = ~jnp.isnan(reward)
-    if where is not None:
-        chex.assert_equal_shape([reward, where])
-        real = real & where
+    check_alike(where, reward)
+    real = ~jnp.isnan(reward) if where is None else ~jnp.isnan(reward) & where
     reward = jnp.where(real, reward, -jnp.inf)
     total = reward + noise
     part = total - reward
     lost = (reward - (total - part)) + (noise - part)
-    return reward, total, jnp.where(jnp.isfinite(total), lost, 0)
+    # A real reward of -inf still comes before what is masked.
+    total = jnp.where(real, jnp.maximum(total, jnp.finfo(total.dtype).min), -jnp.inf)
+    return reward, total, jnp.where(jnp.isfinite(lost), lost, 0)
 
 
 def _challenge(winner: Winner, reward: Array, perturbed: Array, remainder: Array, payload: PyTree) -> Winner:

@@ -60,7 +60,7 @@ def cap_weights(weights: Float[Array, "*batch N"], *, cap: Numeric) -> Float[Arr
     check_positive("cap", cap)
     weights = as_float(weights)
     total = masked_sum(weights)[..., None]
-    weights = weights / jnp.where(total > 0, total, 1)
+    weights = weights / jnp.where(total <= 0, 1, total)  # NaN stays.
     positive = jnp.sum(weights > 0, axis=-1, keepdims=True)
     cap = jnp.maximum(cap, 1 / jnp.maximum(positive, 1))
     # With the k largest at the cap the others share what is left: the first k that keeps them below it is right.
@@ -71,7 +71,7 @@ def cap_weights(weights: Float[Array, "*batch N"], *, cap: Numeric) -> Float[Arr
     fits = (factor * order <= cap * (1 + 4 * jnp.finfo(weights.dtype).eps)) & (rest > 0)
     k = jnp.argmax(fits, axis=-1, keepdims=True)
     factor = jnp.where(jnp.any(fits, axis=-1, keepdims=True), jnp.take_along_axis(factor, k, axis=-1), jnp.inf)
-    return jnp.where(weights > 0, jnp.minimum(factor * weights, cap), 0)
+    return jnp.where(weights <= 0, 0, jnp.minimum(factor * weights, cap))
 
 
 def guarded_resample(
@@ -130,7 +130,7 @@ def guarded_resample(
         indices=indices,
         weights=weights,
         beta=jnp.broadcast_to(jnp.asarray(beta, reward.dtype), reward.shape[:-1]),
-        ess=jnp.where(square > 0, 1 / jnp.where(square > 0, square, 1), 0),
+        ess=jnp.where(square <= 0, 0, 1 / jnp.where(square <= 0, 1, square)),
         distinct=jnp.sum(copies > 0, axis=-1),
         most=jnp.max(copies, axis=-1),
     )

@@ -1,11 +1,10 @@
 """Inference-time pessimism by rejection: one of N candidates, without the last word to the largest reward."""
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_positive
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.checks import check_per_row, check_positive
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.tilt.pessimism import pessimistic_threshold
 from tiltjax.types import Array, Bool, Float, Int, Numeric, PRNGKey
 
@@ -57,8 +56,9 @@ def inference_time_pessimism(
     """
     check_positive("beta", beta)
     reward = as_float(reward)
+    check_alike(where, reward)
+    check_per_row("reward_max", reward_max, reward.shape[:-1])
     real = jnp.ones(reward.shape, bool) if where is None else where
-    chex.assert_equal_shape([reward, real])
     order = jnp.arange(reward.shape[-1]).reshape(*[1] * (reward.ndim - 1), -1)
     last = jnp.max(jnp.where(real, order, 0), axis=-1)
     tried = real & (order < last[..., None])

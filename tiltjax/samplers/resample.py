@@ -38,10 +38,11 @@ def resample(
 
     Returns:
       Indices into the N candidates, ``[*batch, num]``. A zero weight is never chosen; a row without a positive weight
-      gives 0s. Systematic and stratified indices ascend; residual ones ascend within each of their two parts.
+      gives 0s, and one with a weight that is NaN gives -1s, where it is traced. Systematic and stratified indices
+      ascend; residual ones ascend within each of their two parts.
 
     Raises:
-      ValueError: If ``num`` is below 1 or ``method`` unknown.
+      ValueError: If ``num`` is below 1, ``method`` unknown, or a weight, not traced, NaN.
 
     Example:
       >>> resample(jax.random.key(0), jnp.array([0.5, 0.0, 0.25, 0.25]), num=4).tolist()
@@ -53,6 +54,14 @@ def resample(
     check_at_least("num", num, 1)
     check_choice("method", method, METHODS)
     weights = as_float(weights)
+    unknown = jnp.any(jnp.isnan(weights), axis=-1, keepdims=True)
+    if not isinstance(unknown, jax.core.Tracer) and unknown.is_fully_addressable and unknown.any():
+        place = tuple(int(i) for i in jnp.argwhere(jnp.isnan(weights))[0])
+        raise ValueError(f"weights must be numbers, got NaN at {place}")
+    return jnp.where(unknown, -1, _ancestors(key, jnp.where(unknown, 0, weights), num, method))
+
+
+def _ancestors(key: PRNGKey, weights: Array, num: int, method: str) -> Array:
     batch = weights.shape[:-1]
     if method == "residual":
         return _residual(key, weights, num)
@@ -85,15 +94,17 @@ def inverse_cdf(weights: Float[Array, "*batch N"], uniform: Float[Array, "*batch
 
 
 def counts(indices: Int[Array, "*batch num"], N: int) -> Int[Array, "*batch N"]:
-    """How often each of ``N`` candidates was chosen.
+    """How often each of ``N`` candidates was chosen; indices outside [0, N) count for none.
 
     Example:
       >>> counts(jnp.array([0, 0, 2, 3]), 4).tolist()
       [2, 0, 1, 1]
     """
     check_at_least("N", N, 1)
-    count = jnp.vectorize(lambda i: jnp.zeros(N, jnp.int32).at[i].add(1), signature="(m)->(n)")
-    return count(jnp.asarray(indices))
+    indices = jnp.asarray(indices)
+    inside = jnp.where(indices < 0, N, indices)  # A negative index would count from the end.
+    count = jnp.vectorize(lambda i: jnp.zeros(N, jnp.int32).at[i].add(1, mode="drop"), signature="(m)->(n)")
+    return count(inside)
 
 
 def _residual(key: PRNGKey, weights: Array, num: int) -> Array:

@@ -7,10 +7,10 @@ candidates; the exact values on a small world are in `tiltjax.exact.bandit`.
 import chex
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_positive
+from tiltjax.ops.checks import check_one_shape, check_positive
 from tiltjax.ops.collectives import pmax, pmin, psum
 from tiltjax.ops.logspace import divide, exp_remainder
-from tiltjax.ops.masked import as_float, masked_sum
+from tiltjax.ops.masked import as_float, check_alike, masked_sum
 from tiltjax.tilt.weights import tilt
 from tiltjax.types import Array, AxisName, Bool, Float, Int, Numeric
 
@@ -158,9 +158,10 @@ def weights_kl(
       The divergence, nats, ``[*batch]``; 0 for a row without a real candidate.
     """
     weights = as_float(weights)
+    check_alike(where, weights)
     count = masked_sum(jnp.ones_like(weights), where, axis_name=axis_name)
     u = weights * count[..., None]
-    present = u > 0 if where is None else where & (u > 0)
+    present = ~(u <= 0) if where is None else where & ~(u <= 0)
     log_u = jnp.log(jnp.where(present, u, 1))
     # u log u - u + 1 = u (e^{-log u} - 1 + log u).
     term = jnp.where(present, jnp.where(present, u, 0) * exp_remainder(-log_u), 1)
@@ -222,6 +223,7 @@ def soft_best_of_n_kl_bound(n: _Count, *, reward_range: _Amount, beta: _Amount) 
     """
     check_positive("n", n)
     check_positive("beta", beta)
+    check_one_shape(n=n, reward_range=reward_range, beta=beta)
     n, exponent = as_float(jnp.asarray(n)), as_float(jnp.asarray(reward_range) / beta)
     return -jnp.log1p((1 - 1 / n) * jnp.expm1(-exponent))
 
@@ -249,6 +251,7 @@ def chi_squared_bound(*, reward_range: _Amount, beta: _Amount) -> Float[Array, "
       1.381098
     """
     check_positive("beta", beta)
+    check_one_shape(reward_range=reward_range, beta=beta)
     return jnp.square(jnp.sinh(as_float(jnp.asarray(reward_range) / beta) / 2))
 
 
@@ -275,6 +278,7 @@ def candidates_needed(chi2: _Amount, *, kl: _Amount) -> Float[Array, "*batch"]:
       299.0
     """
     check_positive("kl", kl)
+    check_one_shape(chi2=chi2, kl=kl)
     needed = as_float(jnp.asarray(chi2)) / jnp.expm1(as_float(jnp.asarray(kl)))
     return jnp.maximum(jnp.ceil(needed), 1)
 
@@ -309,7 +313,7 @@ class Deviation:
         """Centres the rewards of real candidates; ``span`` carries no gradient."""
         reward = as_float(reward)
         real = jnp.ones(reward.shape, bool) if where is None else where
-        chex.assert_equal_shape([reward, real])
+        check_alike(where, reward)
         reward = jnp.where(real, reward, 0)
         count = psum(jnp.sum(real, axis=-1, dtype=reward.dtype), axis_name)
         high = pmax(jnp.max(reward, axis=-1, where=real, initial=-jnp.inf), axis_name)

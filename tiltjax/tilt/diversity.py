@@ -7,11 +7,10 @@ Figures to report, not to train on; `distinct_n` and `self_bleu` run on the host
 import itertools
 from collections.abc import Iterator, Sequence
 
-import chex
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_at_least
-from tiltjax.ops.masked import masked_mean
+from tiltjax.ops.checks import check_at_least, check_boolean
+from tiltjax.ops.masked import check_alike, masked_mean
 from tiltjax.types import Array, Bool, Float
 
 __all__ = ["distinct_n", "limem", "self_bleu"]
@@ -125,7 +124,9 @@ def limem(
     References:
       Xie et al., 2024, arXiv:2410.23123.
     """
-    chex.assert_equal_shape([solved, solved_perturbed] if where is None else [solved, solved_perturbed, where])
+    check_boolean("solved", solved)
+    check_boolean("solved_perturbed", solved_perturbed)
+    check_alike(where, solved, solved_perturbed)
     return masked_mean(jnp.where(solved & ~solved_perturbed, 1.0, 0.0), where)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from tiltjax.ops.checks import check_choice, check_fraction, check_positive
 from tiltjax.ops.collectives import pmax, psum
 from tiltjax.ops.logspace import divide, exp_remainder
-from tiltjax.ops.masked import as_float, masked_sum
+from tiltjax.ops.masked import as_float, check_alike, masked_sum
 from tiltjax.types import Array, AxisName, Bool, Float, Numeric
 
 __all__ = ["DIVERGENCES", "MAX_EXPONENT", "FDivergenceTilt", "divergence_link", "f_divergence", "f_divergence_tilt"]
@@ -178,13 +178,14 @@ def f_divergence(
     if where is not None:
         weights = jnp.where(where, weights, 0)
     row, order = _TABLE[divergence], _order(divergence, alpha)
-    ref = mass / jnp.where(total > 0, total, 1)[..., None]
-    both, only_ref, only_weights = (weights > 0) & (ref > 0), ~(weights > 0) & (ref > 0), (weights > 0) & ~(ref > 0)
+    ref = mass / jnp.where(total <= 0, 1, total)[..., None]
+    ours, theirs = ~(weights <= 0), ~(ref <= 0)  # NaN is no absence.
+    both, only_ref, only_weights = ours & theirs, ~ours & theirs, ours & ~theirs
     ratio = jnp.where(both, weights, 1) / jnp.where(both, ref, 1)
     terms = jnp.where(both, ref * row.value(ratio, jnp.log(ratio), order), 0)
     terms = jnp.where(only_ref, jnp.where(only_ref, ref, 1) * row.at_zero(order), terms)
     terms = jnp.where(only_weights, jnp.where(only_weights, weights, 1) * row.at_infinity(order), terms)
-    return jnp.where(total > 0, masked_sum(terms, axis_name=axis_name), 0)
+    return jnp.where(total <= 0, 0, masked_sum(terms, axis_name=axis_name))
 
 
 def divergence_link(
@@ -361,7 +362,7 @@ _TABLE = {
 def _masses(like: Array, ref_weights: Array | None, where: Array | None, axis_name: AxisName) -> tuple[Array, Array]:
     """Reference mass of every candidate, 0 where masked, and its sum."""
     mass = jnp.ones_like(like) if ref_weights is None else jnp.asarray(ref_weights, like.dtype)
-    chex.assert_equal_shape([like, mass] if where is None else [like, mass, where])
+    check_alike(where, like, mass)
     mass = mass if where is None else jnp.where(where, mass, 0)
     return mass, psum(jnp.sum(mass, axis=-1), axis_name)
 

@@ -10,8 +10,8 @@ true reward fall. Exactly, on a tilt towards a proxy, the true reward changes wi
 import chex
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_choice
-from tiltjax.ops.masked import as_float, masked_mean, masked_sum
+from tiltjax.ops.checks import check_choice, check_one_shape
+from tiltjax.ops.masked import as_float, check_alike, masked_mean, masked_sum
 from tiltjax.types import Array, Bool, Float, Numeric
 
 __all__ = ["Overoptimisation", "best_of_n_curve", "fit_overoptimisation", "peak_distance", "rl_curve"]
@@ -59,6 +59,7 @@ def best_of_n_curve(
     References:
       Gao, Schulman, Hilton, 2023, arXiv:2210.10760, section 1.
     """
+    check_one_shape(distance=distance, alpha=alpha, b=b)
     distance = as_float(distance)
     return distance * (alpha - b * distance)
 
@@ -85,6 +86,7 @@ def rl_curve(
     References:
       Gao, Schulman, Hilton, 2023, arXiv:2210.10760, section 1.
     """
+    check_one_shape(distance=distance, alpha=alpha, b=b)
     distance = as_float(distance)
     return jnp.where(distance == 0, 0, distance * (alpha - b * _log(distance)))
 
@@ -110,8 +112,9 @@ def peak_distance(
       (2.0, 20.086)
     """
     check_choice("form", form, _FORMS)
+    check_one_shape(alpha=alpha, b=b)
     alpha, b = as_float(jnp.asarray(alpha)), as_float(jnp.asarray(b))
-    turns = b > 0
+    turns = ~(b <= 0) | jnp.isnan(alpha)
     ratio = alpha / jnp.where(turns, b, 1)
     peak = jnp.exp(ratio - 1) if form == "rl" else jnp.maximum(ratio, 0) / 2
     return jnp.where(turns, peak, jnp.where((b < 0) | (alpha > 0), jnp.inf, 0))
@@ -154,8 +157,8 @@ def fit_overoptimisation(
     """
     check_choice("form", form, _FORMS)
     kl, reward = as_float(kl), as_float(reward)
-    chex.assert_equal_shape([kl, reward] if where is None else [kl, reward, where])
-    real = kl > 0 if where is None else where & (kl > 0)
+    check_alike(where, kl, reward)
+    real = ~(kl <= 0) if where is None else where & ~(kl <= 0)
     distance = jnp.where(real, jnp.sqrt(jnp.where(real, kl, 1)), 0)
     second = distance * (_log(distance) if form == "rl" else distance)
     reward = jnp.where(real, reward, 0)
@@ -165,13 +168,13 @@ def fit_overoptimisation(
     rest = second - along[..., None] * distance
     rest_square = masked_sum(jnp.square(rest))
     # What is left of a multiple of the first feature is rounding.
-    independent = rest_square > jnp.square(8 * jnp.finfo(kl.dtype).eps) * masked_sum(jnp.square(second))
-    b = -jnp.where(independent, _over(masked_sum(rest * reward), rest_square), 0)
+    dependent = rest_square <= jnp.square(8 * jnp.finfo(kl.dtype).eps) * masked_sum(jnp.square(second))
+    b = -jnp.where(dependent, 0, _over(masked_sum(rest * reward), rest_square))
     alpha = _over(masked_sum(distance * (reward + b[..., None] * second)), first_square)
 
     error = reward - alpha[..., None] * distance + b[..., None] * second
     spread = masked_sum(jnp.square(reward - masked_mean(reward, real)[..., None]), real)
-    explained = jnp.where(spread > 0, 1 - _over(masked_sum(jnp.square(error), real), spread), 0)
+    explained = jnp.where(spread <= 0, 0, 1 - _over(masked_sum(jnp.square(error), real), spread))
     peak_kl = jnp.square(peak_distance(alpha=alpha, b=b, form=form))
     return Overoptimisation(alpha=alpha, b=b, r_squared=explained, peak_kl=peak_kl)
 
@@ -181,4 +184,4 @@ def _log(distance: Array) -> Array:
 
 
 def _over(x: Array, y: Array) -> Array:
-    return x / jnp.where(y > 0, y, 1)
+    return x / jnp.where(y <= 0, 1, y)

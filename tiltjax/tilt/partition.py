@@ -11,7 +11,7 @@ from tiltjax.ops import logspace
 from tiltjax.ops.checks import check_choice, check_positive
 from tiltjax.ops.collectives import psum
 from tiltjax.ops.logspace import LogSum, divide, exp_sum, logmeanexp
-from tiltjax.ops.masked import as_float, masked_sum
+from tiltjax.ops.masked import as_float, check_alike, masked_sum
 from tiltjax.types import Array, AxisName, Bool, Dtype, Float, Numeric
 
 __all__ = [
@@ -228,7 +228,7 @@ def in_batch_log_partition(
     check_positive("beta", beta)
     check_choice("method", method, ("sum", "mean", "balance"))
     chex.assert_rank([ref_logp, reward], 2)
-    chex.assert_equal_shape([ref_logp, reward])
+    check_alike(where, ref_logp, reward)
     ref_logp, reward = as_float(ref_logp), as_float(reward)
     if where is not None:
         ref_logp, reward = jnp.where(where, ref_logp, -jnp.inf), jnp.where(where, reward, 0)
@@ -236,8 +236,8 @@ def in_batch_log_partition(
     if method == "balance":
         if ref_mixture_logp is None:
             ref_mixture_logp = logmeanexp(ref_logp.T, where=None if where is None else where.T, axis_name=axis_name)
-        possible = ref_logp > -jnp.inf
-        ratio = jnp.where(possible, ref_logp, 0) - jnp.where(jnp.isfinite(ref_mixture_logp), ref_mixture_logp, 0)[None]
+        possible = ref_logp != -jnp.inf
+        ratio = jnp.where(possible, ref_logp, 0) - jnp.where(jnp.isinf(ref_mixture_logp), 0, ref_mixture_logp)[None]
         log_density = jnp.where(possible, ratio, -jnp.inf)
     total = exp_sum(log_density + divide(reward, beta), where=where)[1]
     return total.log_mean if method != "sum" else jnp.where(total.count > 0, total.log_sum, 0)

@@ -5,13 +5,12 @@ no candidate weighs more than its lead over the threshold, in units of ``beta``.
 `tiltjax.samplers.pessimism`.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_positive
+from tiltjax.ops.checks import check_per_row, check_positive
 from tiltjax.ops.logspace import divide
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.types import Array, Bool, Float, Numeric
 
 __all__ = ["pessimistic_threshold", "pessimistic_weights"]
@@ -90,7 +89,7 @@ def pessimistic_weights(
       Huang et al., 2025, arXiv:2503.21878.
     """
     _, below, lead = _leads(reward, beta, where)
-    kept = below < lead[..., None]
+    kept = ~(below >= lead[..., None])  # NaN is no distance to drop a candidate for.
     return divide(jnp.where(kept, lead[..., None] - jnp.where(kept, below, 0), 0), beta)
 
 
@@ -98,8 +97,9 @@ def _leads(reward: Array, beta: Numeric | Array, where: Array | None) -> tuple[A
     """The best reward, how far every candidate lies below it (inf where masked), and how far the threshold does."""
     check_positive("beta", beta)
     reward = as_float(reward)
+    check_alike(where, reward)
+    check_per_row("beta", beta, reward.shape[:-1])
     real = jnp.ones(reward.shape, bool) if where is None else where
-    chex.assert_equal_shape([reward, real])
     count = jnp.sum(real, axis=-1, dtype=reward.dtype)
     top = jax.lax.stop_gradient(jnp.max(reward, axis=-1, where=real, initial=-jnp.inf))
     top = jnp.where(count > 0, top, 0)

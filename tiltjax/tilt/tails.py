@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tiltjax.ops.logspace import logsumexp
-from tiltjax.ops.masked import as_float
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.types import Array, Bool, Float, Int
 
 __all__ = ["ParetoSmoothed", "pareto_k", "pareto_k_limit", "pareto_smooth"]
@@ -109,10 +109,12 @@ def pareto_smooth(
       Vehtari et al., 2024, arXiv:1507.02646, section 3 and appendix; Zhang and Stephens, 2009, Technometrics 51(3).
     """
     log_weights = as_float(jax.lax.stop_gradient(log_weights))
+    check_alike(where, log_weights)
     where = jnp.ones(log_weights.shape, bool) if where is None else where
-    chex.assert_equal_shape([log_weights, where])
     smoothed, k = jnp.vectorize(_smooth_row, signature="(n),(n)->(n),()")(log_weights, where)
-    return ParetoSmoothed(log_weights=smoothed, k=k)
+    unknown = jnp.any(where & jnp.isnan(log_weights), axis=-1)
+    smoothed = jnp.where(where & unknown[..., None], jnp.nan, smoothed)
+    return ParetoSmoothed(log_weights=smoothed, k=jnp.where(unknown, jnp.nan, k))
 
 
 def _smooth_row(log_weights, where):

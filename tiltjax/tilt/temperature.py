@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tiltjax.ops.checks import check_at_least, check_positive
+from tiltjax.ops.checks import check_at_least, check_per_row, check_positive
 from tiltjax.tilt.divergence import Deviation
 from tiltjax.types import Array, AxisName, Bool, Float, Numeric
 
@@ -102,6 +102,7 @@ def beta_for_ess(
 
 def _solve(deviation: Deviation, fall: Callable, target: Numeric | Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """Bisection in ``log(beta / span)`` for ``fall(beta) = target``, ``fall`` decreasing."""
+    check_per_row("the target", target, deviation.span.shape)
     tiltable = (deviation.span > 0) & (target > 0)
     span = jnp.where(tiltable, deviation.span, 1)
 
@@ -114,5 +115,5 @@ def _solve(deviation: Deviation, fall: Callable, target: Numeric | Float[Array, 
     # Written with `where` so that the carry varies over the same mapped axes as the rewards.
     high = jnp.where(tiltable, _LOG_BRACKET, _LOG_BRACKET).astype(span.dtype)
     _, high = jax.lax.fori_loop(0, jnp.finfo(span.dtype).nmant + 7, halve, (-high, high))
-    unreachable = jnp.where(jnp.isnan(deviation.span), jnp.nan, jnp.inf)
+    unreachable = jnp.where(jnp.isnan(deviation.span + target), jnp.nan, jnp.inf)
     return jax.lax.stop_gradient(jnp.where(tiltable, span * jnp.exp(high), unreachable))

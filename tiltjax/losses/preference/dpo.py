@@ -8,9 +8,10 @@ the completion's tokens, in nats; reference and policy see the same template and
 import jax
 import jax.numpy as jnp
 
-from tiltjax.losses.preference.pairs import Beta, Length, check_smoothing, gap, logistic, mean_logp, pairs
-from tiltjax.ops.checks import check_at_least, check_choice, check_positive
-from tiltjax.ops.masked import as_float
+from tiltjax.losses.preference.pairs import Beta, Length, check_smoothing, gap, logistic, mean_logp, pairs, ratio_gap
+from tiltjax.ops.checks import check_at_least, check_choice, check_per_row, check_positive
+from tiltjax.ops.logspace import scale
+from tiltjax.ops.masked import as_float, check_alike
 from tiltjax.tilt.f_divergence import divergence_link
 from tiltjax.types import Array, Bool, Float, Numeric
 
@@ -80,8 +81,11 @@ def dpo_loss(
     check_positive("beta", beta)
     check_smoothing(label_smoothing)
     check_choice("divergence", divergence, _DIVERGENCES)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
-    margin = beta * gap(divergence_link(logp - ref_logp, divergence=divergence, alpha=alpha))
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
+    if divergence == "reverse_kl":
+        margin = beta * ratio_gap(logp, ref_logp)
+    else:
+        margin = beta * gap(divergence_link(logp - ref_logp, divergence=divergence, alpha=alpha))
     return jnp.where(real, logistic(margin, label_smoothing), 0)
 
 
@@ -120,10 +124,10 @@ def robust_dpo_loss(
     """
     check_positive("beta", beta)
     check_smoothing(label_smoothing)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
-    margin = beta * gap(logp - ref_logp)
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
+    margin = beta * ratio_gap(logp, ref_logp)
     # log sigma(-m) = log sigma(m) - m: no difference of large numbers.
-    loss = -jax.nn.log_sigmoid(margin) - label_smoothing / (1 - 2 * label_smoothing) * margin
+    loss = -jax.nn.log_sigmoid(margin) - scale(label_smoothing / (1 - 2 * label_smoothing), margin)
     return jnp.where(real, loss, 0)
 
 
@@ -163,7 +167,7 @@ def chi_po_loss(
     """
     check_positive("beta", beta)
     check_positive("reward_bound", reward_bound)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
     margin = beta * gap(divergence_link(logp - ref_logp, divergence="mixed_chi_squared"))
     if reward_bound is not None:
         margin = jnp.clip(margin, -2 * reward_bound, 2 * reward_bound)
@@ -205,9 +209,9 @@ def dpop_loss(
     """
     check_positive("beta", beta)
     check_at_least("penalty", penalty, 0)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
-    ratio = logp - ref_logp
-    return jnp.where(real, logistic(beta * (gap(ratio) - penalty * jax.nn.relu(-ratio[..., 0]))), 0)
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
+    fallen = jax.nn.relu(ref_logp[..., 0] - logp[..., 0])
+    return jnp.where(real, logistic(beta * (ratio_gap(logp, ref_logp) - penalty * fallen)), 0)
 
 
 def dpo_nll_loss(
@@ -246,8 +250,8 @@ def dpo_nll_loss(
     """
     check_positive("beta", beta)
     check_at_least("nll_weight", nll_weight, 0)
-    real, logp, ref_logp, length = pairs(where, logp, ref_logp, length)
-    loss = logistic(beta * gap(logp - ref_logp)) - nll_weight * mean_logp(logp, length)[..., 0]
+    real, logp, ref_logp, length = pairs(where, logp, ref_logp, length, beta=beta)
+    loss = logistic(beta * ratio_gap(logp, ref_logp)) - scale(nll_weight, mean_logp(logp, length)[..., 0])
     return jnp.where(real, loss, 0)
 
 
@@ -273,4 +277,6 @@ def implicit_reward(
       Rafailov et al., 2023, arXiv:2305.18290, section 4.
     """
     check_positive("beta", beta)
+    check_per_row("beta", beta, ())
+    check_alike(None, logp, ref_logp)
     return jax.lax.stop_gradient(beta * (as_float(logp) - as_float(ref_logp)))

@@ -7,9 +7,20 @@ over its tokens in nats, ``m = beta (a_0 - a_1)`` the margin, and ``sigma`` the 
 import jax
 import jax.numpy as jnp
 
-from tiltjax.losses.preference.pairs import MAX_EXPONENT, Beta, Length, check_smoothing, gap, logistic, mean_logp, pairs
-from tiltjax.ops.checks import check_at_least, check_positive
+from tiltjax.losses.preference.pairs import (
+    MAX_EXPONENT,
+    Beta,
+    Length,
+    check_smoothing,
+    gap,
+    logistic,
+    mean_logp,
+    pairs,
+    ratio_gap,
+)
+from tiltjax.ops.checks import check_at_least, check_per_row, check_positive
 from tiltjax.ops.collectives import axis_index, axis_size, psum
+from tiltjax.ops.logspace import scale
 from tiltjax.ops.masked import as_float
 from tiltjax.types import Array, AxisName, Bool, Float, Numeric
 
@@ -24,6 +35,10 @@ __all__ = [
     "ipo_loss",
     "slic_loss",
 ]
+
+
+# Where the logistic function is 0 or 1 in float64 too.
+_FURTHEST = 1000.0
 
 
 def ipo_loss(
@@ -76,9 +91,9 @@ def ipo_loss(
     check_positive("beta", beta)
     if length_average and length is None:
         raise ValueError("length must be given with length_average=True, got None")
-    real, logp, ref_logp, *rest = pairs(where, logp, ref_logp, *([length] if length_average else []))
-    ratio = mean_logp(logp - ref_logp, rest[0]) if length_average else logp - ref_logp
-    return jnp.where(real, jnp.square(gap(ratio) - 1 / (2 * beta)), 0)
+    real, logp, ref_logp, *rest = pairs(where, logp, ref_logp, *([length] if length_average else []), beta=beta)
+    h = gap(mean_logp(logp - ref_logp, rest[0])) if length_average else ratio_gap(logp, ref_logp)
+    return jnp.where(real, jnp.square(h - 1 / (2 * beta)), 0)
 
 
 def hinge_loss(
@@ -111,8 +126,8 @@ def hinge_loss(
       Liu et al., 2023, arXiv:2309.06657.
     """
     check_positive("beta", beta)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
-    return jnp.where(real, jax.nn.relu(1 - beta * gap(logp - ref_logp)), 0)
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
+    return jnp.where(real, jax.nn.relu(1 - beta * ratio_gap(logp, ref_logp)), 0)
 
 
 def slic_loss(
@@ -148,9 +163,9 @@ def slic_loss(
     """
     check_at_least("margin", margin, 0)
     check_at_least("nll_weight", nll_weight, 0)
-    real, logp = pairs(where, logp)
+    real, logp = pairs(where, logp, target_logp=target_logp)
     target = logp[..., 0] if target_logp is None else jnp.where(real, as_float(target_logp), 0)
-    return jnp.where(real, jax.nn.relu(margin - gap(logp)) - nll_weight * target, 0)
+    return jnp.where(real, jax.nn.relu(margin - gap(logp)) - scale(nll_weight, target), 0)
 
 
 def exo_loss(
@@ -189,8 +204,10 @@ def exo_loss(
     """
     check_positive("beta", beta)
     check_smoothing(label_smoothing, positive=True)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
-    m = beta * gap(logp - ref_logp)
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
+    # Beyond the bound both terms are constant in every precision, and an infinite margin would be 0 times infinity.
+    bound = jnp.asarray(_FURTHEST, logp.dtype)
+    m = jax.lax.clamp(-bound, beta * ratio_gap(logp, ref_logp), bound)
     agree = jax.nn.sigmoid(m) * (jax.nn.log_sigmoid(m) - jnp.log1p(-label_smoothing))
     flipped = jax.nn.sigmoid(-m) * (jax.nn.log_sigmoid(-m) - jnp.log(label_smoothing))
     return jnp.where(real, agree + flipped, 0)
@@ -227,7 +244,7 @@ def apo_zero_loss(
       D'Oosterlinck et al., 2024, arXiv:2408.06266.
     """
     check_positive("beta", beta)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
     ratio = logp - ref_logp
     return jnp.where(real, jax.nn.sigmoid(-beta * ratio[..., 0]) + jax.nn.sigmoid(beta * ratio[..., 1]), 0)
 
@@ -261,9 +278,9 @@ def apo_down_loss(
       D'Oosterlinck et al., 2024, arXiv:2408.06266.
     """
     check_positive("beta", beta)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
-    ratio = logp - ref_logp
-    return jnp.where(real, jax.nn.sigmoid(beta * ratio[..., 0]) + jax.nn.sigmoid(-beta * gap(ratio)), 0)
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
+    raised = logp[..., 0] - ref_logp[..., 0]
+    return jnp.where(real, jax.nn.sigmoid(beta * raised) + jax.nn.sigmoid(-beta * ratio_gap(logp, ref_logp)), 0)
 
 
 def discopop_loss(
@@ -300,8 +317,8 @@ def discopop_loss(
     """
     check_positive("beta", beta)
     check_positive("tau", tau)
-    real, logp, ref_logp = pairs(where, logp, ref_logp)
-    m = beta * gap(logp - ref_logp)
+    real, logp, ref_logp = pairs(where, logp, ref_logp, beta=beta)
+    m = beta * ratio_gap(logp, ref_logp)
     exponential = jnp.exp(jnp.minimum(jax.nn.log_sigmoid(m / tau) - m, MAX_EXPONENT))
     return jnp.where(real, jax.nn.sigmoid(-m / tau) * logistic(m) + exponential, 0)
 
@@ -343,6 +360,7 @@ def aot_loss(
     """
     check_positive("beta", beta)
     check_smoothing(label_smoothing)
+    check_per_row("beta", beta, ())
     real, logp, ref_logp = pairs(where, logp, ref_logp)
     other = _of_same_rank(gap(logp), gap(ref_logp), real, axis_name)
     return jnp.where(real, logistic(beta * (gap(logp) - other), label_smoothing), 0)
@@ -385,6 +403,7 @@ def aot_unpaired_loss(
     """
     check_positive("beta", beta)
     check_smoothing(label_smoothing)
+    check_per_row("beta", beta, ())
     real, logp, ref_logp = pairs(where, logp, ref_logp)
     ratio = logp - ref_logp
     other = _of_same_rank(ratio[..., 0], ratio[..., 1], real, axis_name)
@@ -393,14 +412,16 @@ def aot_unpaired_loss(
 
 def _of_same_rank(x: Array, others: Array, real: Array, axis_name: AxisName) -> Array:
     """For every entry of ``x [*batch, B]``, the entry of ``others`` with its rank in the batch over all devices."""
-    # Masked entries sort last in both, so the ranks of real ones match; finite, so that nothing becomes NaN.
-    x, others = (jnp.where(real, v, jnp.finfo(v.dtype).max) for v in (jax.lax.stop_gradient(x), others))
-    x, others = (_over_devices(v, axis_name) for v in (x, others))
-    rank = jnp.argsort(jnp.argsort(x, axis=-1), axis=-1)
-    matched = jnp.take_along_axis(jnp.sort(others, axis=-1), rank, axis=-1)
+    x, others = (jnp.where(real, v, 0) for v in (jax.lax.stop_gradient(x), others))
+    x, others, masked = (_over_devices(v, axis_name) for v in (x, others, (~real).astype(x.dtype)))
+    # Masked entries sort last in both, so the ranks of real ones match.
+    order, theirs = (jnp.lexsort((jax.lax.stop_gradient(v), masked), axis=-1) for v in (x, others))
+    rank = jnp.argsort(order, axis=-1)
+    matched = jnp.take_along_axis(others, jnp.take_along_axis(theirs, rank, axis=-1), axis=-1)
     B = real.shape[-1]
     matched = jax.lax.dynamic_slice_in_dim(matched, axis_index(axis_name) * B, B, axis=-1)
-    return jnp.where(real, matched, 0)
+    unknown = jnp.any(jnp.isnan(x) | jnp.isnan(others), axis=-1, keepdims=True)
+    return jnp.where(real, jnp.where(unknown, jnp.nan, matched), 0)
 
 
 def _over_devices(x: Array, axis_name: AxisName) -> Array:

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from tiltjax.losses.preference.pairs import Beta, gap
-from tiltjax.ops.checks import check_at_least, check_positive
-from tiltjax.ops.masked import as_float, masked_mean, masked_sum
+from tiltjax.ops.checks import check_at_least, check_pair, check_per_row, check_positive, check_within
+from tiltjax.ops.logspace import centred_difference, over_row, scale
+from tiltjax.ops.masked import as_float, check_alike, masked_mean, masked_sum, shares
 from tiltjax.ops.order import plackett_luce_logp
 from tiltjax.types import Array, Bool, Float, Int, Numeric
 
@@ -51,9 +52,8 @@ def plackett_luce_dpo_loss(
     """
     check_positive("beta", beta)
     logp, ref_logp = as_float(logp), jax.lax.stop_gradient(as_float(ref_logp))
-    real = jnp.full(logp.shape, True) if where is None else where
-    ratio = jnp.where(real, logp, 0) - jnp.where(real, ref_logp, 0)
-    score = ratio * (beta if jnp.ndim(beta) == 0 else jnp.expand_dims(beta, -1))
+    ratio = centred_difference(logp, ref_logp, where=where)
+    score = ratio * over_row("beta", beta, ratio)
     return -plackett_luce_logp(score, ranking, where=where)
 
 
@@ -95,16 +95,21 @@ def ipl_loss(
       Hejna, Sadigh, 2023, arXiv:2305.15363.
     """
     check_at_least("penalty", penalty, 0)
-    if isinstance(discount, int | float) and not 0 <= discount <= 1:
-        raise ValueError(f"discount must lie in [0, 1], got {discount!r}")
+    check_within("discount", discount, 0, 1)
+    check_pair("q", q, axis=-2)
+    check_per_row("label", label, jnp.shape(q)[:-2])
+    check_alike(where, q, next_value)
     q, next_value = as_float(q), jax.lax.stop_gradient(as_float(next_value))
     steps = jnp.full(q.shape, True) if where is None else where
     real = jnp.all(jnp.any(steps, axis=-1), axis=-1)
     steps = steps & real[..., None, None]
     reward = jnp.where(steps, q, 0) - discount * jnp.where(steps, next_value, 0)
     margin = gap(masked_sum(reward, steps))
-    flipped = 0.0 if label is None else jnp.where(real, 1 - jax.lax.stop_gradient(as_float(label)), 0)
+    flipped = 0.0 if label is None else 1 - shares("label", label, margin, real)
     # -log sigma(m) + (1 - p) m is the soft-label loss.
-    loss = -jax.nn.log_sigmoid(margin) + flipped * margin
+    loss = -jax.nn.log_sigmoid(margin) + scale(flipped, margin)
     flat = (*reward.shape[:-2], -1)
-    return jnp.where(real, loss + penalty * masked_mean(jnp.square(reward).reshape(flat), steps.reshape(flat)), 0)
+    # Without a penalty, an infinite reward has no gradient but that of the comparison.
+    kept = jnp.where((penalty == 0) & jnp.isinf(reward), 0, reward)
+    size = masked_mean(jnp.square(kept).reshape(flat), steps.reshape(flat))
+    return jnp.where(real, loss + penalty * size, 0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from tiltjax.losses.preference.pairs import Beta, Length, gap, logistic, mean_logp, pairs
 from tiltjax.ops.checks import check_at_least, check_positive
+from tiltjax.ops.logspace import quotient, scale
 from tiltjax.ops.masked import as_float
 from tiltjax.types import Array, Bool, Float, Numeric
 
@@ -59,8 +60,9 @@ def simpo_loss(
     """
     check_positive("beta", beta)
     check_at_least("gamma", gamma, 0)
-    real, logp, length = pairs(where, logp, length)
-    return jnp.where(real, logistic(beta * gap(mean_logp(logp, length)) - gamma), 0)
+    real, logp, length = pairs(where, logp, length, beta=beta)
+    mean, lost = quotient(logp, jnp.maximum(length, 1))
+    return jnp.where(real, logistic(beta * (gap(mean) + gap(lost)) - gamma), 0)
 
 
 def cpo_loss(
@@ -94,8 +96,8 @@ def cpo_loss(
     """
     check_positive("beta", beta)
     check_at_least("nll_weight", nll_weight, 0)
-    real, logp = pairs(where, logp)
-    return jnp.where(real, logistic(beta * gap(logp)) - nll_weight * logp[..., 0], 0)
+    real, logp = pairs(where, logp, beta=beta)
+    return jnp.where(real, logistic(beta * gap(logp)) - scale(nll_weight, logp[..., 0]), 0)
 
 
 def local_reward_loss(
@@ -124,7 +126,7 @@ def local_reward_loss(
       Swamy et al., 2025, arXiv:2503.01067, Eqs. 1, 8-9.
     """
     check_positive("beta", beta)
-    real, logp = pairs(where, logp)
+    real, logp = pairs(where, logp, beta=beta)
     return jnp.where(real, logistic(beta * gap(logp)), 0)
 
 
@@ -166,10 +168,10 @@ def orpo_loss(
       Hong et al., 2024, arXiv:2403.07691, Eqs. 4-7.
     """
     check_at_least("odds_weight", odds_weight, 0)
-    real, logp, length = pairs(where, logp, length)
+    real, logp, length = pairs(where, logp, length, nll=nll)
     mean = mean_logp(logp, length)
     first = -mean[..., 0] if nll is None else jnp.where(real, as_float(nll), 0)
-    return jnp.where(real, first + odds_weight * logistic(gap(_log_odds(mean))), 0)
+    return jnp.where(real, first + scale(odds_weight, logistic(gap(_log_odds(mean)))), 0)
 
 
 def _log_odds(q: Array) -> Array:

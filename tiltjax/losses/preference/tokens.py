@@ -1,11 +1,12 @@
 """Token by token: what a pair weighs and what it counts, to be combined with any loss on pairs."""
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from tiltjax.losses.preference.pairs import MAX_EXPONENT
-from tiltjax.ops.masked import as_float, masked_mean, masked_sum
+from tiltjax.ops.checks import check_pair, check_within
+from tiltjax.ops.logspace import scale
+from tiltjax.ops.masked import as_float, check_alike, masked_mean, masked_sum
 from tiltjax.types import Array, Bool, Float, Numeric
 
 __all__ = ["length_desensitised_logp", "wpo_weights"]
@@ -41,13 +42,13 @@ def length_desensitised_logp(
     References:
       Liu et al., 2024, arXiv:2409.06411.
     """
-    if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
-    chex.assert_equal_shape([token_logp, token_mask])
+    check_within("alpha", alpha, 0, 1)
+    check_pair("token_logp", token_logp, axis=-2)
+    check_alike(token_mask, token_logp)
     place = jnp.cumsum(token_mask, axis=-1)
     shared = place <= jnp.min(place[..., -1:], axis=-2, keepdims=True)
     token_logp = as_float(token_logp)
-    return masked_sum(token_logp, token_mask & shared) + alpha * masked_sum(token_logp, token_mask & ~shared)
+    return masked_sum(token_logp, token_mask & shared) + scale(alpha, masked_sum(token_logp, token_mask & ~shared))
 
 
 def wpo_weights(
@@ -80,6 +81,7 @@ def wpo_weights(
     References:
       Zhou et al., 2024, arXiv:2406.11827.
     """
-    chex.assert_equal_shape([token_logp, log_collision, token_mask])
+    check_pair("token_logp", token_logp, axis=-2)
+    check_alike(token_mask, token_logp, log_collision)
     excess = masked_mean(as_float(token_logp) - as_float(log_collision), token_mask)
     return jax.lax.stop_gradient(jnp.exp(jnp.minimum(jnp.sum(excess, axis=-1), MAX_EXPONENT)))
