@@ -48,7 +48,7 @@ from tiltjax.samplers.guidance import (
     soft_best_of_n_denoise,
     soft_best_of_n_step,
 )
-from tiltjax.train.config import field, from_flags, output_field, seed_field
+from tiltjax.train.config import field, from_flags, load_config, output_field, seed_field
 from tiltjax.train.streams import root_key
 from tiltjax.types import Array
 
@@ -109,15 +109,37 @@ def prepare(config: DigitsConfig, *, guided: bool = True, progress: bool = True)
     """Images, the trained denoiser and (if ``guided``) a classifier; goes on with what the output directory holds."""
     sizes = config.resized
     images = digits_world.load_images(config.dataset, limit=256 if config.quick else None)
+    network, options = denoiser_config(sizes, images), _training(sizes)
     model = digits_world.fit_denoiser(
-        pathlib.Path(config.output), images, denoiser_config(sizes, images), num_steps=sizes.num_steps,
-        batch_size=sizes.batch_size, learning_rate=sizes.learning_rate, decay=sizes.ema, seed=sizes.seed,
-        progress=progress,
+        pathlib.Path(config.output), images, network, batch_size=sizes.batch_size, seed=sizes.seed, progress=progress,
+        **options,
     )  # fmt: skip
+    return images, model, _guide(config, images) if guided else None
+
+
+def load(directory: str, *, guided: bool) -> tuple[Images, Denoiser, Any]:
+    """What `prepare` returns, of the finished run of a directory, in which nothing is written.
+
+    Raises:
+      ValueError: If the directory holds no run, or one that is not finished.
+    """
+    saved = pathlib.Path(directory) / "config.json"
+    if not saved.exists():
+        raise ValueError(f"{saved}: not there; a denoiser is the --output of experiments.diffusion_digits")
+    config = load_config(DigitsConfig, saved)
+    sizes = config.resized
+    images = digits_world.load_images(config.dataset, limit=256 if config.quick else None)
+    model = digits_world.load_denoiser(saved.parent, denoiser_config(sizes, images), **_training(sizes))
+    return images, model, _guide(config, images) if guided else None
+
+
+def _training(sizes: DigitsConfig) -> dict[str, Any]:
+    return {"num_steps": sizes.num_steps, "learning_rate": sizes.learning_rate, "decay": sizes.ema}
+
+
+def _guide(config: DigitsConfig, images: Images) -> Any:
     key = jax.random.fold_in(root_key(config.seed), 2)
-    if not guided:
-        return images, model, None
-    return images, model, digits_world.fit_classifier(key, images, num_steps=20 if config.quick else 3000)
+    return digits_world.fit_classifier(key, images, num_steps=20 if config.quick else 3000)
 
 
 def methods(config: DigitsConfig) -> dict[str, dict[str, Any]]:

@@ -2,13 +2,14 @@
 
     python -m experiments.diffusion_reward --output=runs/diffusion_reward
 
-The reference is the unconditional diffusion of `experiments.diffusion_digits` (taken from --denoiser, or trained there
-first). It is directed to a reward of images (ink, symmetry or the log-probability of a class) by final-sample soft
-best-of-N, soft best-of-N at every reverse step with plug-in and with learned soft values, sequential Monte Carlo,
-importance-weighted denoising score matching, rounds of guarded resampling and fine-tuning, and DDPO: all at the same
-betas, chosen so that the exact tilt of the reference's own images has the KLs of --kls. For every method the report
-has the reward, a bound from above on the KL of its images to the reference's, and the diversity of the images. No
-law of a given mean reward is nearer to the reference than the tilt, which is therefore the frontier.
+The reference is the unconditional diffusion of `experiments.diffusion_digits` (trained inside --output first, or taken
+from --denoiser, the output of a finished run). It is directed to a reward of images (ink, symmetry or the
+log-probability of a class) by final-sample soft best-of-N, soft best-of-N at every reverse step with plug-in and with
+learned soft values, sequential Monte Carlo, importance-weighted denoising score matching, rounds of guarded resampling
+and fine-tuning, and DDPO: all at the same betas, chosen so that the exact tilt of the reference's own images has the
+KLs of --kls. For every method the report has the reward, a bound from above on the KL of its images to the reference's,
+and the diversity of the images. No law of a given mean reward is nearer to the reference than the tilt, which is
+therefore the frontier.
 
 Expected at the default settings, where the tilts of ink have reward .346 and .377 at 0.7 and 2 nats (the reference
 .301): soft best-of-N of finished images and of every step (plug-in value) and SMC lie on the frontier (.339 to .344 at
@@ -17,12 +18,17 @@ matching and guarded resampling reach the reward (.350 and .348, .367 and .368) 
 control, fine-tuned without any reward, has 2, and with less diversity; DDPO, the slowest, gets to .319 and .332 at 0.4
 and 0.8 nats. 420 s of one core: under four minutes on two, after the training of the denoiser.
 
-Bad input ends with one line and exit status 2.
+Every stage is kept when it is done: a run that was killed goes on with --resume and ends with the same figures. Bad
+input ends with one line and exit status 2.
 """
 
 import dataclasses
 import functools
+import json
+import os
+import pathlib
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +62,9 @@ class RewardConfig:
     reward: str = field("ink", "ink, symmetry, or class:C for the log-probability of class C.")
     kls: str = field("0.7,2", "Comma-separated: KLs of the tilts that are aimed at, nats; each gives a beta.")
     methods: str = field("all", "Comma-separated names of methods, or all; the tilt is always there.")
-    denoiser: str = field("runs/diffusion_digits", "Run of experiments.diffusion_digits; made if it is not there.")
+    denoiser: str = field(
+        "", "Output of a finished run of experiments.diffusion_digits, only read; empty trains one inside --output."
+    )
     sampling_steps: int = field(20, "Steps of the reverse chain.")
     pool: int = field(2048, "Images of the reference, shared by the methods that weigh finished images.")
     num_chains: int = field(160, "Images by which each method is judged.")
@@ -66,6 +74,7 @@ class RewardConfig:
     learning_rate: float = field(2e-4, "Of fine-tuning.")
     seed: int = seed_field("Of everything but the denoiser.")
     output: str = output_field("runs/diffusion_reward", "Directory of the run.")
+    resume: bool = field(False, "Go on with the run in --output; the figures are those of a run that never stopped.")
     overwrite: bool = overwrite_field()
     quick: bool = field(False, "Cut every size down, to see in seconds that all stages run; the figures mean nothing.")
 
@@ -120,7 +129,7 @@ class Setting:
 def final(key: Array, s: Setting) -> tuple[Array, Any]:
     """Soft best-of-N of finished images, N = 2, 4, ... 64, by its exact law on the pool."""
     ref, points = jnp.full(len(s.worth), 1 / len(s.worth)), []
-    for n in (2, 4, 8, 16, 64):
+    for n in (2, 64) if s.config.quick else (2, 4, 8, 16, 64):
         law = bandit.soft_best_of_n_law(ref, s.worth, n=n, beta=s.beta)
         points.append({"n": n, "reward": float(law @ s.worth), "kl": float(bandit.kl(law, ref))})
     draws = resample(key, law, num=s.config.num_chains, method="multinomial")
@@ -200,17 +209,21 @@ STAGES: dict[str, Callable[..., tuple]] = {
 
 def run(config: RewardConfig, *, progress: bool = True) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    with open_run(config, resume=False) as held:
+    with open_run(config, writes=("stages", "denoiser")) as held:
         return _run(config, held, progress=progress)
 
 
 def _run(config: RewardConfig, held: Run, *, progress: bool) -> dict[str, Any]:
-    directory, sizes, began = held.directory, config.resized, time.process_time()
-    source = diffusion_digits.DigitsConfig(output=config.denoiser, quick=config.quick)
-    guided = config.reward.startswith("class")
-    _, ref, guide = diffusion_digits.prepare(source, guided=guided, progress=progress)
-    reward = stages.rewards(config.reward, guide)
+    directory, sizes = held.directory, config.resized
+    began, guided = time.process_time(), config.reward.startswith("class")
+    if config.denoiser:
+        _, ref, guide = diffusion_digits.load(config.denoiser, guided=guided)
     held.begin()
+    (directory / "stages").mkdir(exist_ok=True)
+    if not config.denoiser:
+        source = diffusion_digits.DigitsConfig(output=str(directory / "denoiser"), quick=config.quick)
+        _, ref, guide = diffusion_digits.prepare(source, guided=guided, progress=progress)
+    reward = stages.rewards(config.reward, guide)
     root = root_key(config.seed)
     pool, _, _ = stages.chains(jax.random.fold_in(root, 0), ref, ref, n=sizes.pool, steps=sizes.sampling_steps)
     worth = reward(pool)
@@ -233,16 +246,13 @@ def _run(config: RewardConfig, held: Run, *, progress: bool) -> dict[str, Any]:
             if name == "control" and i:
                 continue  # It has no beta.
             bar.set_postfix_str(f"{name}, beta {beta:.3g}")
-            start, key = time.process_time(), jax.random.fold_in(root, i + 1)
-            image, kl_of, *more = STAGES[name](jax.random.fold_in(key, list(STAGES).index(name)), setting)
-            point: dict[str, Any] = {"method": name, "beta": beta, "seconds": time.process_time() - start}
-            if name == "final":
-                point |= {"curve": kl_of, **summary(image, reward(image), None), **kl_of[-1]}
-            else:
-                point |= summary(image, reward(image), kl_of) | ({"log": more[0]} if more else {})
-            point["objective"] = point["reward"] - beta * point["kl"]
+            path = directory / "stages" / f"{i}-{name}.npz"
+            key = jax.random.fold_in(jax.random.fold_in(root, i + 1), list(STAGES).index(name))
+            if not path.exists():
+                save_stage(path, *measured(key, name, setting))
+            point, shown = load_stage(path)
             results["points"].append(point)
-            images["control" if name == "control" else f"{name}, KL {kl:g}"] = np.asarray(image[:12])
+            images["control" if name == "control" else f"{name}, KL {kl:g}"] = shown
             bar.update()
     bar.close()
     grid = np.geomspace(0.02, max(5.0, 2 * max(sizes.targets)), 30)
@@ -251,9 +261,44 @@ def _run(config: RewardConfig, held: Run, *, progress: bool) -> dict[str, Any]:
         "kl": jax.vmap(lambda b: tilt_kl(worth, beta=b))(betas).tolist(),
         "reward": jax.vmap(lambda b: tilted_reward(worth, beta=b))(betas).tolist(),
     }
-    results["seconds"] = time.process_time() - began
+    earlier = sum(point.get("seconds", 0) for point in results["points"]) if held.resumed else 0
+    results["seconds"] = time.process_time() - began + earlier
     diffusion_reward_report.write(directory, config, results, images)
     return results
+
+
+def measured(key: Array, name: str, s: Setting) -> tuple[dict[str, Any], Array]:
+    """One method at one beta: its figures, and the first of its images."""
+    start = time.process_time()
+    image, kl, *more = STAGES[name](key, s)
+    point: dict[str, Any] = {"method": name, "beta": s.beta, "seconds": time.process_time() - start}
+    if name == "final":
+        point |= {"curve": kl, **summary(image, s.reward(image), None), **kl[-1]}
+    else:
+        point |= summary(image, s.reward(image), kl) | ({"log": more[0]} if more else {})
+    point["objective"] = point["reward"] - s.beta * point["kl"]
+    return point, image[:12]
+
+
+def save_stage(path: pathlib.Path, point: dict[str, Any], image: Array) -> None:
+    """Keeps the figures and images of a method, whole or not at all."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        np.savez(file, point=json.dumps(point), image=np.asarray(image), reward=point["reward"])
+    os.replace(part, path)
+
+
+def load_stage(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Reads what `save_stage` kept.
+
+    Raises:
+      ValueError: If the file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return json.loads(str(kept["point"])), kept["image"]
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged, delete it to compute it again ({error})") from None
 
 
 def summary(image: Array, worth: Array, kl: Array | None) -> dict[str, float]:

@@ -214,7 +214,7 @@ def guarded_draw(
       of one candidate and how many candidates live on.
     """
     N = len(reward)
-    used = jnp.maximum(beta, beta_for_ess(reward, ess=min_ess * N))
+    used = jnp.maximum(beta, beta_for_ess(reward, ess=max(1.0, min_ess * N)))
     out = guarded_resample(key, reward, num=N, beta=used, max_copies=max_copies)
     figures = {"beta": out.beta, "ess": out.ess, "most_copies": out.most, "survivors": out.distinct}
     return out.indices, {name: float(value) for name, value in figures.items()}

@@ -22,6 +22,7 @@ from tiltjax.losses.denoising import denoising_loss
 from tiltjax.models.denoiser import Denoiser, DenoiserConfig, drop_label
 from tiltjax.ops.masked import average
 from tiltjax.ops.schedule import add_noise, cosine_schedule, expand, log_snr
+from tiltjax.train import checkpoint
 from tiltjax.train.average import averaged
 from tiltjax.train.finite import check_tree
 from tiltjax.train.loop import fit
@@ -147,8 +148,7 @@ def fit_denoiser(
     progress: bool = True,
 ) -> Denoiser:
     """Trains a denoiser, or goes on with what the directory holds; returns the average of its parameters."""
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, num_steps), num_steps + 1))
-    tx = averaged(optax.chain(optax.clip_by_global_norm(1.0), optimizer), decay=decay)
+    tx = _optimizer(num_steps, learning_rate, decay)
     root = root_key(seed)
     state = init_state(Denoiser(jax.random.fold_in(root, 0), config), tx)
     order = epoch_batches(len(images.label), min(batch_size, len(images.label)), seed=seed)
@@ -165,6 +165,33 @@ def fit_denoiser(
                 directory=directory, resume=True, checkpoint_every=250, fingerprint=fingerprint,
                 progress=progress)  # fmt: skip
     return state.opt_state.average
+
+
+def load_denoiser(
+    directory: pathlib.Path, config: DenoiserConfig, *, num_steps: int, learning_rate: float, decay: float
+) -> Denoiser:
+    """What `fit_denoiser` of the same arguments left in a directory, in which nothing is written.
+
+    Raises:
+      ValueError: If its training is not finished.
+    """
+    folder = directory / "checkpoints"
+    found = checkpoint.latest(folder)
+    if found != num_steps:
+        raise ValueError(f"{folder}: training ended at step {found}, not at {num_steps}; finish it first")
+    tx = _optimizer(num_steps, learning_rate, decay)
+    like = jax.eval_shape(lambda: init_state(Denoiser(jax.random.key(0), config), tx))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_here()), like)
+    return checkpoint.restore(folder, num_steps, like).opt_state.average
+
+
+def _here() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _optimizer(num_steps: int, learning_rate: float, decay: float) -> optax.GradientTransformation:
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, num_steps), num_steps + 1)
+    return averaged(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)), decay=decay)
 
 
 def fit_network(

@@ -113,7 +113,7 @@ ROLES: dict[str, dict[str, str]] = {
         "other": "simpo_loss cpo_loss orpo_loss local_reward_loss",
     },
     "tiltjax.losses.preference.tokens": {"part": "length_desensitised_logp wpo_weights"},
-    "tiltjax.losses.preference.pairs": {"part": "check_smoothing gap logistic mean_logp pairs"},
+    "tiltjax.losses.preference.pairs": {"part": "check_smoothing gap logistic mean_logp pairs ratio_gap"},
     "tiltjax.losses.binary": {
         "inverts": "bco_loss info_nca_loss",
         "fits": "nca_loss nca_pair_loss",

@@ -206,6 +206,7 @@ def task_numbers(
         inside = [
             np.corrcoef(a, b)[0, 1] for a, b in zip(before.reward, before.gold, strict=True) if np.ptp(a) * np.ptp(b)
         ]
-        start["correlation"] = bootstrap_interval(np.array(inside))
+        # Where fewer than two prompts have one, there is nothing to take an interval over.
+        start["correlation"] = bootstrap_interval(np.array(inside)) if len(inside) > 1 else None
         numbers["over_optimisation"] = over_optimisation(before.reward, before.gold, beta=beta)
     return numbers

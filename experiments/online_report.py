@@ -163,6 +163,18 @@ def _cells(values: dict[int, Any]) -> str:
     return " | ".join(map(str, values.values()))
 
 
+def _agreement(start: dict[str, Any]) -> str:
+    if start["correlation"] is None:
+        return (
+            f"Of the {start['draws']} completions of the reference, proxy and gold both vary within fewer than two "
+            "prompts: nothing can be said of their correlation within a prompt."
+        )
+    return (
+        f"Within a prompt proxy and gold have correlation {start['correlation']} over {start['draws']} completions of "
+        "the reference."
+    )
+
+
 def _sentiment_parts(config: Any, numbers: dict[str, Any]) -> list[str]:
     start = numbers["reference"]
     rows = ["| policy | KL, nats | proxy | gold | gain in gold |", "| --- | --- | --- | --- | --- |"]
@@ -189,9 +201,8 @@ def _sentiment_parts(config: Any, numbers: dict[str, Any]) -> list[str]:
     ]
     return [
         "![proxy and gold against the KL](sentiment.png)",
-        f"Within a prompt proxy and gold have correlation {start['correlation']} over {start['draws']} completions of "
-        f"the reference. Those completions also say what the proxy would choose: best-of-n, soft best-of-n at beta = "
-        f"{config.report_beta:g} and the tilt, in proxy and in gold.",
+        f"{_agreement(start)} Those completions also say what the proxy would choose: best-of-n, soft best-of-n at "
+        f"beta = {config.report_beta:g} and the tilt, in proxy and in gold.",
         "\n".join(rows),
         "The laws of Gao et al. (2023, arXiv:2210.10760), fitted to the gold reward over the reference's with d the "
         "square root of the KL: d (alpha - b d) for best-of-n, d (alpha - b log d) for a policy in training. A peak "

@@ -31,8 +31,10 @@ __all__ = [
 # run, far more closely than a static checker could.
 if TYPE_CHECKING:
     Array = Any
+    _Scalar = Any
 else:
     Array = jax.Array | np.ndarray
+    _Scalar = np.number
 
 PRNGKey = Key[jax.Array, ""]
 """A typed key from `jax.random.key`; first positional argument of every sampler, consumed once."""
@@ -49,7 +51,7 @@ Dtype = jax.typing.DTypeLike
 Params = PyTree
 """A pytree of arrays; Flax NNX modules are such pytrees."""
 
-Numeric = int | float | np.number | Float[Array, ""]
+Numeric = int | float | _Scalar | Float[Array, ""]
 """A number of Python or NumPy, or a scalar array: an option such as ``beta`` that may be traced."""
 
 Reward = Callable[..., Any]

@@ -1,6 +1,9 @@
 """Where the answer is known the stages give it, with the bound on the KL; the whole job runs once, tiny."""
 
+import dataclasses
 import json
+import pathlib
+import shutil
 import types
 from typing import Any
 
@@ -10,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import diffusion_digits, diffusion_reward_report
 from experiments import diffusion_reward as experiment
-from experiments import diffusion_reward_report
 from experiments import diffusion_stages as stages
 from tiltjax.ops import schedule
 from tiltjax.samplers import denoise
@@ -155,26 +158,49 @@ def test_rewards_say_what_they_say():
     np.testing.assert_allclose(stages.rewards("symmetry", None)(x), [-1.0, 0.0])
 
 
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Square(Gaussian):
+    """Of four pixels that know nothing of each other."""
+
+    @property
+    def config(self):
+        return types.SimpleNamespace(shape=(2, 2, 1), prediction="noise")
+
+
+def run_from_square(config):
+    """The whole job, from a reference that compiles in no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion_digits, "prepare", lambda *_, **__: (None, Square(mean=jnp.float32(0)), None))
+        return experiment.run(config, progress=False)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, digits_run):
-    output = str(tmp_path_factory.mktemp("reward") / "run")
-    config = experiment.RewardConfig(output=output, denoiser=digits_run[0].output, quick=True, methods="final,weighted")
-    return config, experiment.run(config, progress=False)
+def finished(tmp_path_factory):
+    config = experiment.RewardConfig(output=str(tmp_path_factory.mktemp("reward") / "run"), quick=True)
+    return config, run_from_square(config)
 
 
-def test_run_has_every_method_and_its_figures(finished):
+def finite(value):
+    if isinstance(value, dict | list):
+        return all(map(finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or np.isfinite(value)
+
+
+@pytest.mark.robustness("Runs", given="diffusion_reward --quick", outcome="all eight methods, with finite figures")
+def test_a_quick_run_has_every_method_and_its_figures(finished):
     config, results = finished
     with open(f"{config.output}/results.json") as file:
         assert json.load(file) == results
-    assert [p["method"] for p in results["points"]] == ["tilt", "final", "weighted"]
+    assert [p["method"] for p in results["points"]] == ["tilt", *experiment.STAGES]
+    assert finite(results)
     for point in results["points"][1:]:
         assert point["kl"] >= 0, point
         assert point["objective"] == pytest.approx(point["reward"] - point["beta"] * point["kl"])
         assert point["pairwise_distance"] > 0
     with open(f"{config.output}/report.md") as file:
         report = file.read()
-    for name in ("tilt", "final", "weighted"):
-        assert diffusion_reward_report.METHODS[name][0] in report
+    for words, *_ in diffusion_reward_report.METHODS.values():
+        assert words in report
     # Soft best-of-N climbs the frontier of the same pool, and never above it.
     curve = next(p["curve"] for p in results["points"] if p["method"] == "final")
     assert np.all(np.diff([q["kl"] for q in curve]) > 0)
@@ -182,9 +208,70 @@ def test_run_has_every_method_and_its_figures(finished):
     assert all(q["reward"] <= b + 1e-4 for q, b in zip(curve, best, strict=True))
 
 
-def test_a_run_is_not_overwritten(finished):
-    with pytest.raises(ValueError, match="there is a run already; pass --overwrite to remove it"):
-        experiment.run(finished[0])
+def timeless(point):
+    return {name: value for name, value in point.items() if name != "seconds"}
+
+
+@pytest.mark.robustness(
+    "Runs", given="diffusion_reward killed within a method, then --resume", outcome="ends with the same bits"
+)
+def test_a_killed_run_goes_on_with_the_same_bits(finished, tmp_path, monkeypatch):
+    config = dataclasses.replace(finished[0], output=str(tmp_path / "run"), methods="final,weighted")
+
+    def killed(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setitem(experiment.STAGES, "weighted", killed)
+        with pytest.raises(SystemExit):
+            run_from_square(config)
+    with pytest.raises(ValueError, match="there is a run already; pass --resume to go on with it"):
+        run_from_square(config)
+    other = dataclasses.replace(config, resume=True, seed=1)
+    with pytest.raises(ValueError, match=r"--resume with other settings: seed \(0 -> 1\)"):
+        run_from_square(other)
+    monkeypatch.setitem(experiment.STAGES, "final", killed)  # It is kept.
+    results = run_from_square(dataclasses.replace(config, resume=True))
+    whole = {p["method"]: timeless(p) for p in finished[1]["points"]}
+    assert [timeless(p) for p in results["points"]] == [whole[name] for name in ("tilt", "final", "weighted")]
+    for name in ("0-final.npz", "0-weighted.npz"):
+        one, other = (experiment.load_stage(pathlib.Path(c.output) / "stages" / name)[1] for c in (config, finished[0]))
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_damaged_stage_is_named(tmp_path):
+    path = tmp_path / "0-final.npz"
+    path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"0-final.npz: damaged, delete it to compute it again"):
+        experiment.load_stage(path)
+
+
+@pytest.mark.robustness(
+    "Runs",
+    given="diffusion_reward --denoiser of a finished run",
+    outcome="only read: nothing is written outside --output",
+)
+def test_a_given_denoiser_is_only_read(digits_run):
+    config, _ = digits_run
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path(config.output).rglob("*")}
+    images, model, guide = diffusion_digits.load(config.output, guided=False)
+    assert {path: path.stat().st_mtime_ns for path in pathlib.Path(config.output).rglob("*")} == before
+    assert guide is None
+    chex.assert_trees_all_equal(model, diffusion_digits.prepare(config, guided=False, progress=False)[1])
+
+
+@pytest.mark.robustness(
+    "Runs", given="diffusion_reward --denoiser that is no finished run", outcome="one line, and nothing is written"
+)
+def test_a_denoiser_that_is_not_there_leaves_nothing(tmp_path, digits_run):
+    config = experiment.RewardConfig(output=str(tmp_path / "run"), denoiser=str(tmp_path / "none"), quick=True)
+    with pytest.raises(ValueError, match=r"config.json: not there; a denoiser is the --output of"):
+        experiment.run(config, progress=False)
+    shutil.copytree(digits_run[0].output, tmp_path / "none")
+    shutil.rmtree(tmp_path / "none" / "checkpoints")
+    with pytest.raises(ValueError, match=r"checkpoints: training ended at step None, not at 4; finish it first"):
+        experiment.run(config, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

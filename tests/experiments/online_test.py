@@ -178,6 +178,28 @@ def test_what_the_proxy_chooses_in_gold():
     assert found["soft_best_of_n"][1]["gold"].mean == pytest.approx(soft.mean(), abs=1e-5)
 
 
+@pytest.mark.robustness(
+    "Runs",
+    given="a gold reward that varies within fewer than two prompts",
+    outcome="the report says that there is no correlation to tell",
+)
+@pytest.mark.parametrize("varying", [0, 1])
+def test_a_gold_reward_that_does_not_vary_is_said(varying):
+    rng = np.random.default_rng(0)
+    gold = np.zeros((4, 8), np.float32)
+    gold[:varying, 0] = 1
+    before = online_world.Reading(
+        round=0, reward=rng.normal(size=(4, 8)).astype(np.float32), texts=[["a"] * 8] * 4, gold=gold,
+        log_ratio=np.zeros((4, 8), np.float32),
+    )  # fmt: skip
+    numbers = online_measure.task_numbers(before, {}, beta=0.5, comparisons=1)
+    assert numbers["reference"]["correlation"] is None
+    config = online.OnlineConfig()
+    assert any(
+        "nothing can be said of their correlation" in part for part in online_report._sentiment_parts(config, numbers)
+    )
+
+
 def test_the_law_is_that_of_its_points():
     def point(divergence, gold):
         return {"kl": online_measure.Interval(divergence, 0, 0), "gold": online_measure.Interval(gold, 0, 0)}

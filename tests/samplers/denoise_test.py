@@ -1,7 +1,11 @@
+import pathlib
+import runpy
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tiltjax.ops.schedule import cosine_schedule, linear_schedule
 from tiltjax.samplers.denoise import ddim, ddpm, ddpm_path, levels, probability_flow, reverse_kernel, twisted_mean
@@ -115,3 +119,17 @@ def test_levels_run_from_noise_to_clean():
     k, before, after = levels(np.array([1.0, 0.5, 0.1], np.float32))
     assert k.tolist() == [2, 1]
     np.testing.assert_allclose([before, after], [[0.1, 0.5], [0.5, 1.0]])
+
+
+@pytest.mark.robustness(
+    "Kernels",
+    given="a diffusion schedule that ends at alpha_bar = 0 exactly",
+    outcome="refused: the noise alone says nothing",
+)
+def test_a_schedule_of_zero_terminal_snr_is_refused():
+    case = pathlib.Path(__file__).parents[1] / "cases" / "zero-terminal-snr" / "sample.py"
+    with pytest.raises(ValueError, match="noise predictions cannot start at alpha_bar = 0"):
+        runpy.run_path(str(case))
+    x, zero = jnp.ones((1, 3)), jnp.array([1.0, 0.5, 0.0])
+    with pytest.raises(ValueError, match="noise predictions cannot start at alpha_bar = 0"):
+        probability_flow(lambda x, _: x, x, zero)

@@ -171,7 +171,7 @@ def ppo_clip_loss(
     """
     check_fraction("clip_low", clip_low)
     check_positive("clip_high", clip_high)
-    if is_number(dual_clip) and not dual_clip > 1:
+    if dual_clip is not None and is_number(dual_clip) and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip!r}")
     ratio = _ratio(_log_ratio(token_logp, old_token_logp, mask))
     return _clipped(ratio, _per_token(advantage, mask), clip_low, clip_high, dual_clip)

@@ -46,8 +46,11 @@ def levels(
 
     Returns:
       ``(k, alpha_bar[k], alpha_bar[k - 1])`` for k = K ... 1: number of the level, and the values before and after.
+
+    Raises:
+      ValueError: If the schedule, not traced, ends at 0.
     """
-    alpha_bar = as_float(jnp.asarray(alpha_bar))
+    alpha_bar = _schedule(alpha_bar)
     return jnp.arange(len(alpha_bar) - 1, 0, -1), alpha_bar[:0:-1], alpha_bar[-2::-1]
 
 
@@ -130,7 +133,7 @@ def ddim(
       key: Consumed; without effect at ``eta = 0``. The noise of the step from level k is under ``fold_in(key, k)``.
       denoiser: ``(x, alpha_bar) -> noise``.
       x: Where to start, at the last level: ``jax.random.normal(key, [*batch, *event])``.
-      alpha_bar: The schedule, ``[K + 1]``, falling from 1; a slice of it takes fewer steps.
+      alpha_bar: The schedule, ``[K + 1]``, falling from 1 to above 0; a slice of it takes fewer steps.
       eta: Share of the noise that is drawn anew, in [0, 1].
       twist: ``(x, alpha_bar) -> [*batch]``, nats: log of what the law of every step is tilted by; see `twisted_mean`.
 
@@ -227,6 +230,7 @@ def probability_flow(
     References:
       Song et al., 2021, arXiv:2011.13456, Eq. 13; Karras et al., 2022, arXiv:2206.00364, Algorithm 1.
     """
+    alpha_bar = _schedule(alpha_bar)
     sigma = jnp.sqrt((1 - alpha_bar) / alpha_bar)
 
     def slope(y: Array, k: Array) -> Array:
@@ -242,6 +246,16 @@ def probability_flow(
     y = as_float(x) / jnp.sqrt(alpha_bar[last])
     y, _ = jax.lax.scan(step, y, jnp.arange(last, 1, -1))
     return y - sigma[1] * slope(y, jnp.int32(1))
+
+
+def _schedule(alpha_bar: Float[Array, " levels"]) -> Float[Array, " levels"]:
+    """The schedule as floats, whose last level must say something of ``x_0``: the noise alone does not."""
+    alpha_bar = as_float(jnp.asarray(alpha_bar))
+    if isinstance(alpha_bar, jax.core.Tracer) or not alpha_bar.is_fully_addressable or not (alpha_bar <= 0).any():
+        return alpha_bar
+    raise ValueError(
+        "noise predictions cannot start at alpha_bar = 0, where x is noise alone: leave out that level, alpha_bar[:-1]"
+    )
 
 
 def _denoise(key: PRNGKey, denoiser: Denoiser, x: Array, level: tuple, eta: Numeric, twist: LogWeight | None) -> Array:
