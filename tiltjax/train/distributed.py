@@ -85,14 +85,15 @@ def _check_address(name: str, address: str) -> None:
 def initialize(hosts: Hosts = Hosts()) -> None:
     """Joins the other processes of the run, if there are any; call it before anything touches a device.
 
+    Where they do not come in time, this process ends in one line with status 2; where one is lost later, likewise with
+    status `LOST`, at once.
+
     Args:
       hosts: What is left open is taken from the environment.
 
     Raises:
       ValueError: If it is configured by half, in one line that says what is missing.
       RuntimeError: If JAX has been used already.
-
-    Where the others do not come in time, the process ends in one line with status 2.
     """
     given: dict[str, Any] = {
         "coordinator": hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
