@@ -139,10 +139,10 @@ def learned_reward(folder: pathlib.Path) -> None:
     names = ("num_prompts", "num_eval_prompts", "num_candidates", "max_tokens", "steps", "batch_size", "sample_batch")
     sizes = {name: SIZES[name] for name in names}
     config = reward_model.RewardConfig(
-        kind="global,outcome", prompts=_inputs(folder)["prompts"], output=str(folder / "reward"), **sizes
+        kind="global,outcome", prompts=_inputs(folder)["prompts"], output=str(folder / "reward_models"), **sizes
     )
     check_finite(reward_model.run(config))
-    align(folder, "by_model", method="tilted_mle", reward=f"model:{folder / 'reward' / 'global' / 'model'}")
+    align(folder, "by_model", method="tilted_mle", reward=f"model:{folder / 'reward_models' / 'global' / 'model'}")
 
 
 def online(folder: pathlib.Path) -> None:

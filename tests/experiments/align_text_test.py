@@ -74,9 +74,14 @@ def test_a_token_beyond_any_model_is_refused(tmp_path, reward_model):
     for changes in ({"method": "sft", "demonstrations": "told"}, {"method": "ppo_ptx", "corpus": given["prompts"]}):
         with pytest.raises(ValueError, match=beyond):
             align_world.prepare(AlignConfig(**SETTINGS | given | changes), tmp_path)
+    limited = align_world.prepare(settings("token-beyond-vocabulary", prompts="reviews"), tmp_path).tokenizer
     compare = reward_world.judge(str(policy), settings("tools-column"), criterion="is best", batch_size=2)
     with pytest.raises(ValueError, match=beyond):
         compare(["a"], ["b"], ["<answer>"])
+    pairs = [{"prompt": f"w{i}", "chosen": "<answer>", "rejected": "no"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    with pytest.raises(ValueError, match=beyond):
+        reward_world.file_splits(str(tmp_path / "pairs.jsonl"), limited, LOCAL, held_out=2)
     folder = tmp_path / "model"
     shutil.copytree(reward_model, folder)
     tokenizer = text.load_tokenizer(policy)
