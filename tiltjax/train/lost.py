@@ -40,7 +40,7 @@ def end(reason: Any) -> NoReturn:
 
 
 @contextlib.contextmanager
-def in_time(seconds: float, message: str) -> Iterator[None]:
+def in_time(seconds: int | float, message: str) -> Iterator[None]:
     """Ends this process in one line with status 2 if what is done in the context takes longer.
 
     JAX itself aborts with 35 lines of stacks.
