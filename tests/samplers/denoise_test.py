@@ -133,3 +133,6 @@ def test_a_schedule_of_zero_terminal_snr_is_refused():
     x, zero = jnp.ones((1, 3)), jnp.array([1.0, 0.5, 0.0])
     with pytest.raises(ValueError, match="noise predictions cannot start at alpha_bar = 0"):
         probability_flow(lambda x, _: x, x, zero)
+    levels = jnp.array([1.0, 0.5, 0.1])
+    constant = jax.jit(lambda x: probability_flow(lambda x, _: x, x, levels))(x)  # A program closes over it.
+    np.testing.assert_allclose(constant, probability_flow(lambda x, _: x, x, levels), rtol=1e-5)

@@ -251,7 +251,8 @@ def probability_flow(
 def _schedule(alpha_bar: Float[Array, " levels"]) -> Float[Array, " levels"]:
     """The schedule as floats, whose last level must say something of ``x_0``: the noise alone does not."""
     alpha_bar = as_float(jnp.asarray(alpha_bar))
-    if isinstance(alpha_bar, jax.core.Tracer) or not alpha_bar.is_fully_addressable or not (alpha_bar <= 0).any():
+    silent = alpha_bar <= 0  # Of a constant inside `jax.jit` this is traced already.
+    if isinstance(silent, jax.core.Tracer) or not silent.is_fully_addressable or not silent.any():
         return alpha_bar
     raise ValueError(
         "noise predictions cannot start at alpha_bar = 0, where x is noise alone: leave out that level, alpha_bar[:-1]"
