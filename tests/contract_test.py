@@ -915,8 +915,11 @@ def test_a_common_constant_costs_no_digits(case):
     "Kernels", given="float32 arrays and Python numbers where float64 is enabled", outcome="the loss is float32"
 )
 def test_python_numbers_do_not_widen(case):
+    inputs = case.draw()
+    numbers = {name: 0.5 for name in ("margin", "shift") if name in inputs}
     with jax.enable_x64(True):
-        assert jax.eval_shape(case, case.draw()).dtype == jnp.float32
+        assert jax.eval_shape(case, inputs).dtype == jnp.float32
+        assert jax.eval_shape(lambda x: case({**x, **numbers}), inputs).dtype == jnp.float32
 
 
 @every_case
