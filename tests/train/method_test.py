@@ -649,7 +649,13 @@ class TestPolicy:
         out = drawn_by_model()
         states = np.float64(hidden(tiny_model(), out))
         logp = log_softmax(states @ np.asarray(tiny_model().projection(), np.float64).T / 0.8, axis=-1)
-        seen = jax.jit(model_view(temperature=0.8))(tiny_model(), out)
+        view = jax.jit(model_view(temperature=0.8))
+        seen = view(tiny_model(), dataclasses.replace(out, support=None))
+        filtered = view(tiny_model(), out)
+        np.testing.assert_allclose(
+            np.where(out.completion_mask, filtered.token_logp, 0), np.where(out.completion_mask, out.old_token_logp, 0),
+            atol=1e-4,
+        )  # fmt: skip
         for place in zip(*np.nonzero(out.completion_mask), strict=True):
             token = out.completion[place]
             assert float(seen.token_logp[place]) == pytest.approx(logp[place][token], abs=1e-4)
