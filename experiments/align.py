@@ -56,7 +56,7 @@ from tiltjax.train.learned_reward import source_of
 from tiltjax.train.metrics import bootstrap_interval
 from tiltjax.train.streams import stream
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("experiments.align")  # Not "__main__", whose lines are not shown.
 
 
 def warn_of_collapse(config: AlignConfig, reward: np.ndarray, ess: np.ndarray) -> None:
