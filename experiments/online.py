@@ -62,7 +62,7 @@ from tiltjax.train.hardware import compilation_cache_field
 
 __all__ = ["TASKS", "OnlineConfig", "run"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("experiments.online")  # Not "__main__", whose lines are not shown.
 
 TASKS = ("puzzles", "sentiment")
 FREE = ("task", "methods", "output", "resume", "overwrite", "compilation_cache")
