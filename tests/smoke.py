@@ -6,6 +6,8 @@ Tests use tiny policies in float32 and 8 fake devices. These jobs use what a pro
 the real policy, bfloat16 operands, low-rank adapters, one device. Each takes two steps of a record and must end with
 finite numbers. Jobs are listed in `JOBS`; every source of candidates and every family of records is there, which
 `tests/smoke_test.py` checks. Programs are compiled with little optimisation, as in tests: it is the same semantics.
+`command` and `align` run all 30 layers; the other jobs run the first `LAYERS` of them, with `--all_layers` all: each
+layer is unrolled in decoding and compiled anew for every record.
 """
 
 import argparse
@@ -32,6 +34,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 """For programs that run for a second and are compiled for ten."""
+
+LAYERS = 2
+"""Layers of SmolLM2-135M in the jobs that run a part of it."""
 
 SIZES: dict[str, Any] = {"num_prompts": 4, "num_eval_prompts": 4, "num_candidates": 4, "max_tokens": 4, "steps": 2}
 SIZES |= {"batch_size": 2, "sample_batch": 2, "checkpoint_every": 1}
@@ -87,14 +92,35 @@ def _inputs(folder: pathlib.Path) -> dict[str, str]:
     return {"prompts": str(folder / "prompts.jsonl"), "corpus": str(folder / "corpus.jsonl")}
 
 
+def _policy(folder: pathlib.Path) -> str:
+    """The directory of the policy that `main` has cut, or the whole policy."""
+    return str(folder.parent / "policy") if (folder.parent / "policy").exists() else "smollm2"
+
+
+def cut_policy(folder: pathlib.Path, layers: int) -> None:
+    """Writes the first layers of the default policy, its tokenizer and its type, as a Hugging Face directory."""
+    import dataclasses
+
+    import jax
+
+    from tiltjax.data import text
+    from tiltjax.models import pretrained
+
+    source = text.find_embedded_gguf()
+    model = pretrained.load(source)
+    model.blocks = jax.tree.map(lambda x: x[:layers], model.blocks)
+    model.config = dataclasses.replace(model.config, num_layers=layers)
+    pretrained.save(model, folder, source=source, tokenizer=text.load_tokenizer(source))
+
+
 def _align_config(folder: pathlib.Path, name: str, **settings: Any) -> Any:
     from experiments.align_config import AlignConfig
 
     files = _inputs(folder)
     if "corpus" in settings:
         settings["corpus"] = files["corpus"]
-    settings = {"prompts": files["prompts"], "output": str(folder / name)} | SIZES | settings
-    return AlignConfig(**settings)
+    own = {"policy": _policy(folder), "prompts": files["prompts"], "output": str(folder / name)}
+    return AlignConfig(**own | SIZES | settings)
 
 
 @functools.cache
@@ -139,7 +165,11 @@ def learned_reward(folder: pathlib.Path) -> None:
     names = ("num_prompts", "num_eval_prompts", "num_candidates", "max_tokens", "steps", "batch_size", "sample_batch")
     sizes = {name: SIZES[name] for name in names}
     config = reward_model.RewardConfig(
-        kind="global,outcome", prompts=_inputs(folder)["prompts"], output=str(folder / "reward_models"), **sizes
+        kind="global,outcome",
+        policy=_policy(folder),
+        prompts=_inputs(folder)["prompts"],
+        output=str(folder / "reward_models"),
+        **sizes,
     )
     check_finite(reward_model.run(config))
     align(folder, "by_model", method="tilted_mle", reward=f"model:{folder / 'reward_models' / 'global' / 'model'}")
@@ -154,7 +184,14 @@ def online(folder: pathlib.Path) -> None:
     few = {"puzzle_candidates": 4, "sentiment_candidates": 4, "reference_draws": 1, "sample_batch": 4}
     short = {"puzzle_tokens": 4, "sentiment_tokens": 4, "checkpoint_every": 2}
     config = online.OnlineConfig(
-        task="puzzles,sentiment", methods="rloo", output=str(folder / "online"), **sizes, **tasks, **few, **short
+        task="puzzles,sentiment",
+        methods="rloo",
+        policy=_policy(folder),
+        output=str(folder / "online"),
+        **sizes,
+        **tasks,
+        **few,
+        **short,
     )
     check_finite(online.run(config))
 
@@ -217,7 +254,7 @@ JOBS: dict[str, Callable[[pathlib.Path], None]] = {
     "learned_reward": learned_reward,
     "diffusion": diffusion,
     "command": _readme,
-    "align": lambda folder: align(folder, "align", method="tilted_mle"),
+    "align": lambda folder: align(folder, "align", method="tilted_mle", policy="smollm2"),
     "float32": lambda folder: align(folder, "float32", method="rloo", compute_dtype="float32", mask_truncated=True),
     "all_parameters": lambda folder: record(folder, "all_parameters", method="rloo", lora_rank=0),
     **{name: functools.partial(record, name=name, **settings) for name, settings in METHODS.items()},
@@ -252,6 +289,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.smoke", description="Walks the real paths of every program.")
     parser.add_argument("--only", default="", help=f"jobs with commas between: {', '.join(JOBS)}")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
+    parser.add_argument("--all_layers", action="store_true", help="run every job on the whole policy")
     parser.add_argument("--keep", action="store_true", help="keep what the jobs write, and say where")
     options = parser.parse_args()
     names = options.only.split(",") if options.only else list(JOBS)
@@ -262,6 +300,8 @@ def main() -> int:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     folder = tempfile.mkdtemp(prefix="tiltjax-smoke-")
     failed, start = [], time.monotonic()
+    if not options.all_layers:
+        cut_policy(pathlib.Path(folder) / "policy", LAYERS)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=_start_worker) as pool:
         for done in concurrent.futures.as_completed([pool.submit(_run, name, folder) for name in names]):
