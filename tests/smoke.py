@@ -6,7 +6,7 @@ Tests use tiny policies in float32 and 8 fake devices. These jobs use what a pro
 the real policy, bfloat16 operands, low-rank adapters, one device. Each takes two steps of a record and must end with
 finite numbers. Jobs are listed in `JOBS`; every source of candidates and every family of records is there, which
 `tests/smoke_test.py` checks. Programs are compiled with little optimisation, as in tests: it is the same semantics.
-`command` and `align` run all 30 layers; the other jobs run the first `LAYERS` of them, with `--all_layers` all: each
+`command` runs all 30 layers; the other jobs run the first `LAYERS` of them, with `--all_layers` all: each
 layer is unrolled in decoding and compiled anew for every record.
 """
 
@@ -254,7 +254,7 @@ JOBS: dict[str, Callable[[pathlib.Path], None]] = {
     "learned_reward": learned_reward,
     "diffusion": diffusion,
     "command": _readme,
-    "align": lambda folder: align(folder, "align", method="tilted_mle", policy="smollm2"),
+    "align": lambda folder: align(folder, "align", method="tilted_mle"),
     "float32": lambda folder: align(folder, "float32", method="rloo", compute_dtype="float32", mask_truncated=True),
     "all_parameters": lambda folder: record(folder, "all_parameters", method="rloo", lora_rank=0),
     **{name: functools.partial(record, name=name, **settings) for name, settings in METHODS.items()},
