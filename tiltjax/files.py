@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ADAPTER", "TOKENIZER_FILES", "WEIGHTS", "adapter_base", "gguf_parts", "read_json", "resolve", "write_json"]
+__all__ = [
+    "ADAPTER",
+    "TOKENIZER_FILES",
+    "WEIGHTS",
+    "adapter_base",
+    "gguf_parts",
+    "naming",
+    "read_json",
+    "resolve",
+    "write_json",
+]
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -139,6 +149,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 _KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a boolean"}
+
+
+def naming(path: str | os.PathLike, error: OSError) -> OSError:
+    """The error with the file that it concerns: a full disk, for one, does not say which file was too large.
+
+    Args:
+      path: What was written or read.
+      error: What happened.
+
+    Returns:
+      An error of the same kind that ends in the path; ``error`` itself where the system had no part in it.
+    """
+    if error.errno is None:
+        return error
+    return OSError(error.errno, error.strerror, os.fspath(path))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

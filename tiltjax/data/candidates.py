@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from tiltjax.data import kept
+from tiltjax.files import naming
 from tiltjax.ops.checks import check_at_least, check_choice
 from tiltjax.types import Array, Bool, Float, Int, UInt8
 
@@ -470,7 +471,7 @@ def save(path: str | os.PathLike, candidates: Candidates, *, fingerprint: str | 
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # A full disk does not say which file.
+        raise naming(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 

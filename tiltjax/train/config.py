@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from absl import flags
 
+from tiltjax.files import naming
 from tiltjax.ops.checks import check_choice
 
 __all__ = [
@@ -143,7 +144,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error  # A full disk does not say which file.
+        raise naming(path, error) from None
 
 
 def load_config(config_class: type[ConfigT], path: str | os.PathLike) -> ConfigT:

@@ -30,13 +30,25 @@ def end(reason: Any) -> NoReturn:
     """Ends this process in one line that says that a host was lost; called from any thread, once."""
     _ENDS.acquire()  # Never released: whoever is second waits for the end.
     sys.stdout.flush()
-    sys.stderr.write(
+    _last_words(
         f"\nerror: process {jax.process_index()} of {jax.process_count()} cannot go on, another was probably lost "
         f"({str(reason).strip().splitlines()[0]}); start all of them again with --resume to go on from the last "
         "checkpoint\n"
     )
-    sys.stderr.flush()
     os._exit(LOST)  # An orderly exit would wait for the host that is gone.
+
+
+def _last_words(text: str) -> None:
+    """Writes to standard error, after which nobody does: JAX's threads report the same loss over several lines."""
+    sys.stderr.flush()
+    try:
+        shown = sys.stderr.fileno()
+        ours = os.dup(shown)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), shown)
+        os.write(ours, text.encode())
+    except (OSError, ValueError):  # No file, as in a notebook.
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tiltjax.files import naming
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train import distributed
 from tiltjax.train.config import write_text
@@ -56,7 +57,7 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error  # A full disk does not say which.
+            raise naming(self._file.name, error) from None
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
