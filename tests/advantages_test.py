@@ -57,7 +57,7 @@ def gae_formula(reward, value, gamma, lam):
 
 
 class GroupTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*GROUPS)
     def test_is_the_float64_formula_of_the_real_candidates(self, name):
         dirty = np.where(WHERE, REWARD, np.nan)
@@ -68,7 +68,7 @@ class GroupTest(chex.TestCase):
                 np.testing.assert_allclose(out[row][WHERE[row]], expected, rtol=1e-4, atol=1e-6)
             assert (out[row][~WHERE[row]] == 0).all()
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*GROUPS)
     def test_equal_rewards_give_exactly_zero(self, name):
         equal = np.full((2, 7), [[0.1], [1e4 / 3]], np.float32)
@@ -103,7 +103,7 @@ def test_finite_groups_of_binary_rewards(G, p, expected):
 
 
 class TokenTest(chex.TestCase):
-    @chex.variants(without_jit=True, with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters((1.0, 0.95), (0.9, 0.7), (0.9, 0.0))
     def test_gae_is_the_sum_over_the_real_tokens(self, gamma, lam):
         dirty = [np.where(MASK, x, np.nan) for x in (TOKEN_REWARD, VALUE)]
@@ -117,7 +117,7 @@ class TokenTest(chex.TestCase):
         assert (advantage[~MASK] == 0).all()
         assert (returns[~MASK] == 0).all()
 
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_token_reward_sums_to_the_penalised_reward(self):
         dirty = np.where(MASK, TOKEN_KL, np.nan)
         out = np.asarray(self.variant(lambda *x: token_reward(*x, beta=0.3))(REWARD, dirty, MASK))

@@ -131,7 +131,7 @@ class TreeTest(chex.TestCase):
         chex.assert_shape(stacked.completion, (1, 3, 3, 4))
         chex.assert_trees_all_equal(jax.vmap(lambda b: b)(stacked), jax.tree.map(jnp.asarray, stacked))
 
-    @chex.variants(with_jit=True, without_jit=True, with_device=True)
+    @chex.variants(with_jit=True)
     def test_goes_through_a_function_as_it_is(self):
         batch = jax.tree.map(jnp.asarray, lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD))
 
@@ -149,7 +149,7 @@ class TreeTest(chex.TestCase):
 
 
 class ChooseTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_take(self):
         batch = jax.tree.map(jnp.asarray, lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD))
         out = self.variant(lib.take)(batch, jnp.array([2, 0]))
@@ -173,7 +173,7 @@ class ChooseTest(chex.TestCase):
         assert (out.reward is wide.reward, out.ref_logp) == (True, None)
         assert unpad(lib.trim(lib.take(wide, [0, 1]), 3, 3)) == (PROMPTS[:2], GROUPS[:2])
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_select_best_and_worst(self):
         batch = jax.tree.map(jnp.asarray, lib.from_tokens(PROMPTS, GROUPS, pad_id=0, reward=REWARD))
 

@@ -427,7 +427,7 @@ class EmpiricalTest(chex.TestCase):
     reward = np.random.default_rng(4).normal(size=(3, 5, 64)).astype(np.float32) + 3
     ref = np.full((3, 5, 64), 1 / 64, np.float32)
 
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_float32_against_float64(self):
         law_of = self.variant(lambda p, r, n, beta: bandit.soft_best_of_n_law(p, r, n=n, beta=beta))
         reward = self.reward.copy()

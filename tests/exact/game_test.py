@@ -121,7 +121,7 @@ class TestRegularisedEquilibrium:
 
 
 class UpdateTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_formulas(self):
         with jax.enable_x64(True):
             beta, step, eta = 0.2, 0.7, 0.9

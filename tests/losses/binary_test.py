@@ -23,7 +23,7 @@ REWARD6 = np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 class KTOTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     @parameterized.parameters(0.0, 1.7)
     def test_at_the_reference_point_the_loss_is_half_of_lambda(self, point):
         mismatched = np.full((5, 4), point, np.float32)
@@ -33,7 +33,7 @@ class KTOTest(chex.TestCase):
         )
         np.testing.assert_allclose(out, np.where(DESIRABLE, 0.7, 0.3), rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_the_reference_point_is_a_mean_that_is_not_negative(self):
         run = self.variant(lambda m, w: kto_loss(LOGP, REF_LOGP, DESIRABLE, m, beta=0.3, mismatched_where=w))
         mismatched, where = np.float32([[-9.0, 3.0, 1.0]] * 5), np.array([[False, True, True]] * 5)
@@ -71,7 +71,7 @@ def test_kto_follows_the_majority_to_the_end():
 
 
 class BCOTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(-2.0, 0.0, 0.3)
     def test_bounds_dpo_from_above(self, shift):
         pair = jnp.broadcast_to(jnp.array([True, False]), (5, 2))
@@ -80,7 +80,7 @@ class BCOTest(chex.TestCase):
         assert (bound > dpo_loss(LOGP[:, :2], REF_LOGP[:, :2], beta=0.5)).all()
         np.testing.assert_array_equal(run(LOGP[:, :2], REF_LOGP[:, :2], shift), bound)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_gradient_is_a_classifier_error(self):
         run = jax.grad(lambda x, d: bco_loss(x, REF_LOGP, DESIRABLE, d, beta=0.5).sum(), argnums=(0, 1))
         grad, shift_grad = self.variant(run)(jnp.asarray(LOGP), jnp.full(5, 0.4))
@@ -118,7 +118,7 @@ def test_noise_contrastive_losses_fit_the_tilt(loss):
 
 
 class HardTargetTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_pairs_are_the_limit_of_a_hard_target(self):
         reward = np.broadcast_to(np.float32([1.0, 0.0]), (5, 2))
 

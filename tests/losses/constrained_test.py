@@ -16,7 +16,7 @@ WHERE = RNG.random((6, 8)) < 0.6
 
 
 class MultiplierTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True, with_device=True)
+    @chex.variants(with_jit=True)
     def test_follows_the_mean_cost_of_the_last_completions(self):
         step = self.variant(lambda s, c, w: update_multiplier(s, c, w, learning_rate=0.5, threshold=0.1))
         state, seen, log_multiplier = init_multiplier(0.8, window=11), [], np.log(0.8)
@@ -28,7 +28,7 @@ class MultiplierTest(chex.TestCase):
             np.testing.assert_allclose(state.cost[state.seen], seen, rtol=1e-6)
         assert len(seen) == 11
 
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     @parameterized.parameters(0.01, 1.0, 5.0)
     def test_combined_advantage(self, multiplier):
         reward, cost = RNG.normal(size=(2, 8, 3)).astype(np.float32)

@@ -38,14 +38,14 @@ WIN_RATE = RNG.random((8, 2), np.float32)
 
 
 class PairTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_links_of_spin_are_dpo_and_hinge(self):
         run = self.variant(lambda x, ref: tuple(spin_loss(x, ref, beta=0.3, link=k) for k in ("logistic", "hinge")))
         logistic, hinge = run(LOGP, REF_LOGP)
         np.testing.assert_allclose(logistic, dpo_loss(LOGP, REF_LOGP, beta=0.3), rtol=1e-5)
         np.testing.assert_allclose(hinge, hinge_loss(LOGP, REF_LOGP, beta=0.3), rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_dno_of_hard_labels_is_dpo_and_order_is_without_meaning(self):
         run = self.variant(lambda *arrays: dno_loss(*arrays, beta=0.3))
         hard = np.broadcast_to(np.float32([200, 0]), (8, 2))
@@ -53,7 +53,7 @@ class PairTest(chex.TestCase):
         swapped = run(LOGP[:, ::-1], REF_LOGP[:, ::-1], WIN_RATE[:, ::-1])
         np.testing.assert_allclose(swapped, run(LOGP, REF_LOGP, WIN_RATE), rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_inpo_is_ipo_at_both_ends(self):
         beta = np.linspace(0.05, 0.4, 8, dtype=np.float32)  # One per pair.
         run = self.variant(lambda beta, eta: inpo_loss(LOGP, REF_LOGP, OLD_LOGP, beta=beta, eta=eta))
@@ -67,7 +67,7 @@ class PairTest(chex.TestCase):
         np.testing.assert_allclose(grads[0], expected, rtol=1e-6)
         assert all((g == 0).all() for g in grads[1:])
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_xpo_pushes_the_completion_of_the_reference_down(self):
         drawn = np.arange(2) == RNG.integers(2, size=(8, 1))
         slope = jax.grad(lambda x: xpo_loss(x, REF_LOGP, drawn, beta=0.3, alpha=0.125).sum())
@@ -164,7 +164,7 @@ def test_magnetic_kl_gives_the_same_step():
 
 
 class MagneticTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_value_padding_and_gradients(self):
         rng = np.random.default_rng(4)
         arrays, mask = rng.normal(size=(3, 4, 5)).astype(np.float32), np.array([True, False, True, True])
@@ -327,7 +327,7 @@ def test_token_losses(name):
 
 
 class MixtureTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_token_mixture_is_that_of_completions_of_one_token_only(self):
         logits, ref = np.random.default_rng(10).normal(size=(2, 4, 3)).astype(np.float32)
         mix = self.variant(lambda x, y: geometric_mixture_logits(x, y, mixture=0.25))(logits, ref)
@@ -343,7 +343,7 @@ class MixtureTest(chex.TestCase):
         undone = token_wise.reshape(3, 3) * z[:, None]
         np.testing.assert_allclose(undone / undone.sum(), whole.reshape(3, 3), rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_ends_and_impossible_tokens(self):
         logits, ref = np.float32([0.3, -np.inf, 1.0, 0.5]), np.float32([-np.inf, 0.2, 0.1, -0.4])
         run = self.variant(lambda b: geometric_mixture_logits(logits, ref, mixture=b))
@@ -354,7 +354,7 @@ class MixtureTest(chex.TestCase):
 
 
 class RewardTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_mean_over_the_queue_and_over_the_others(self):
         rng = np.random.default_rng(11)
         queue = rng.random((2, 4, 6), np.float32)
@@ -367,7 +367,7 @@ class RewardTest(chex.TestCase):
             np.testing.assert_allclose(plain[i], np.nan_to_num(expected), rtol=1e-5)
             np.testing.assert_allclose(centred[i], np.nan_to_num(expected - 0.5), rtol=1e-4, atol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_the_candidate_itself_and_masked_ones_take_no_part(self):
         rng = np.random.default_rng(12)
         wins = rng.random((3, 4, 4))

@@ -28,18 +28,18 @@ WHERE = RNG.random((5, 12)) < 0.7
 
 
 class LimitsTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_beta_to_infinity_is_sft(self):
         out = self.variant(lambda logp, reward: tilted_mle_loss(logp, reward, beta=1e7))(LOGP, REWARD)
         np.testing.assert_allclose(out, sft_loss(LOGP), rtol=1e-5)
 
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_beta_to_zero_is_best_of_n(self):
         out = self.variant(lambda logp, reward: tilted_mle_loss(logp, reward, beta=1e-6))(LOGP, REWARD)
         np.testing.assert_allclose(out, best_of_n_sft_loss(LOGP, REWARD), rtol=1e-6)
         np.testing.assert_allclose(out, -LOGP[np.arange(5), REWARD.argmax(-1)], rtol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_importance_weights_with_the_plain_log_z_are_the_tilt(self):
         def both(logp, reward, where):
             log_z = tilt(reward, beta=0.4, where=where).log_z
@@ -140,7 +140,7 @@ def test_a_weight_of_zero_takes_no_part():
 
 
 class VarTest(chex.TestCase):
-    @chex.all_variants(with_pmap=False)
+    @chex.variants(with_jit=True, without_device=True)
     def test_rows_of_the_softmax_sum_to_one(self):
         ref_logp, reward = -5 * RNG.random((4, 6)), RNG.normal(size=(4, 6))
 
@@ -154,7 +154,7 @@ class VarTest(chex.TestCase):
         np.testing.assert_allclose(weights.sum(-1), np.ones(4), rtol=1e-6)
         np.testing.assert_allclose(weights, softmax(ref_logp + reward / 0.3, -1), rtol=1e-4)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_equal_scores_weigh_one_over_the_batch(self):
         weights = self.variant(lambda l, r: var_weights(l, r, beta=0.1))(jnp.full((8, 8), -40.0), jnp.full((8, 8), 3.0))
         np.testing.assert_allclose(weights, np.full(8, 1 / 8), rtol=1e-6)

@@ -37,7 +37,7 @@ def arguments(penalty):
 
 
 class FormulaTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*(penalty.__name__ for penalty in FORMULAS))
     def test_is_the_float64_formula(self, name):
         penalty = getattr(penalties, name)
@@ -48,7 +48,7 @@ class FormulaTest(chex.TestCase):
         np.testing.assert_allclose(out, np.where(mask, expected, 0), rtol=1e-5)
         assert (np.asarray(out)[~mask] == 0).all()
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_full_vocabulary(self):
         logits, ref = RNG.normal(size=(2, 3, 4, 7)).astype(np.float32)
         mask = RNG.random((3, 4)) < 0.6

@@ -300,7 +300,7 @@ def test_cispo_keeps_the_gradient_of_every_token():
 
 
 class AggregateTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*MODES)
     def test_is_the_formula_and_exact_under_microbatching(self, mode):
         rng = np.random.default_rng(0)

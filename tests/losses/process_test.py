@@ -71,7 +71,7 @@ def test_the_log_ratio_of_a_prefix_is_its_soft_value():
 
 
 class TokenTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_masked_tokens_take_no_part(self):
         dirty = np.where(MASK, LOGP, np.nan)
         run = self.variant(
@@ -82,7 +82,7 @@ class TokenTest(chex.TestCase):
         np.testing.assert_allclose(r, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(q, np.where(MASK, expected.cumsum(-1), 0), rtol=1e-5, atol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_steps_are_the_sums_of_exactly_their_tokens(self):
         last = RNG.random((5, 4)) < 0.5
         dirty = np.where(MASK, LOGP, np.nan)
@@ -99,7 +99,7 @@ class TokenTest(chex.TestCase):
             np.testing.assert_allclose(reward[row], [sum(s) for s in steps[:3]], rtol=1e-5, atol=1e-6)
             np.testing.assert_array_equal(real[row], [bool(s) for s in steps[:3]])
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*AGGREGATES)
     def test_aggregation(self, mode):
         expected = AGGREGATES[mode]
@@ -187,7 +187,7 @@ def test_a_bias_for_every_prompt():
 
 
 class PairTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_one_right_and_one_wrong_are_the_losses_of_a_pair(self):
         arrays = LOGP[:, :2], REF_LOGP[:, :2], np.broadcast_to([True, False], (5, 2))
         run = self.variant(lambda *x: tuple(f(*x, beta=0.5) for f in (implicit_prm_dpo_loss, implicit_prm_nca_loss)))

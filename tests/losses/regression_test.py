@@ -16,7 +16,7 @@ REWARD = RNG.normal(size=(5, 8)).astype(np.float32)
 
 
 class SPPOTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     @parameterized.parameters(0.001, 0.5)
     def test_published_code(self, beta):
         # Official: half of the sum over best and worst; TRL's hard labels: the sum, at win rates 1 and 0.
@@ -39,7 +39,7 @@ def test_sppo_fits_multiplicative_weights_where_log_z_is_half_of_eta():
 
 
 class REBELTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_the_scales_differ_by_a_constant(self):
         def both(logp, ref, reward):
             return tuple(rebel_loss(logp, ref, reward, beta=0.2, scale=scale) for scale in ("paper", "code"))
@@ -47,7 +47,7 @@ class REBELTest(chex.TestCase):
         paper, code = self.variant(both)(LOGP[:, :2], REF_LOGP[:, :2], REWARD[:, :2])
         np.testing.assert_allclose(code, paper / 0.2**2, rtol=1e-4)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_neither_order_nor_level_matters(self):
         run = self.variant(lambda *arrays: rebel_loss(*arrays, beta=0.2, scale="paper"))
         arrays = LOGP[:, :2], REF_LOGP[:, :2], REWARD[:, :2]

@@ -35,13 +35,13 @@ def fit(loss, start):
 
 
 class BradleyTerryTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(-3.0, 0.7, 100.0)
     def test_knows_nothing_of_a_constant_of_the_prompt(self, constant):
         loss = self.variant(lambda r: bradley_terry_loss(r, margin=jnp.asarray(MARGIN), label=jnp.asarray(LABEL)))
         np.testing.assert_allclose(loss(REWARD + np.float32(constant)), loss(REWARD), rtol=1e-4, atol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_margins_make_it_harder(self):
         loss = self.variant(lambda r, m: bradley_terry_loss(r, margin=m))
         d = (REWARD[:, 0] - REWARD[:, 1]).astype(np.float64)
@@ -49,7 +49,7 @@ class BradleyTerryTest(chex.TestCase):
         np.testing.assert_allclose(loss(REWARD, 0.3), -log_expit(d - 0.3), rtol=1e-5)
         assert (loss(REWARD, MARGIN) > bradley_terry_loss(REWARD)).all()
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_gradient_is_the_chance_of_the_other_order(self):
         grad = self.variant(jax.grad(lambda r: bradley_terry_loss(r).sum()))(REWARD)
         wrong = expit(REWARD[:, 1] - REWARD[:, 0])
@@ -57,7 +57,7 @@ class BradleyTerryTest(chex.TestCase):
         more = jax.grad(lambda r: bradley_terry_loss(r, centring=0.01).sum())(REWARD) - grad
         np.testing.assert_allclose(more, 0.02 * REWARD.sum(-1, keepdims=True).repeat(2, -1), rtol=1e-4, atol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_a_soft_label_is_the_mean_of_both_orders(self):
         loss = self.variant(lambda r, q: bradley_terry_loss(r, label=q, margin=MARGIN, centring=0.1))
         one, other = loss(REWARD, np.ones(6, np.float32)), loss(REWARD[:, ::-1], np.ones(6, np.float32))
@@ -80,14 +80,14 @@ def test_comparisons_fit_the_reward_and_centring_its_constant():
 
 
 class PlackettLuceTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_two_candidates_are_bradley_terry(self):
         loss = self.variant(lambda r, order: plackett_luce_loss(r, order))
         order = np.broadcast_to(np.array([1, 0], np.int32), (6, 2))
         expected = bradley_terry_loss(REWARD[:, ::-1])
         np.testing.assert_allclose(loss(REWARD, order), expected, rtol=1e-5, atol=1e-7)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_the_loss_of_a_ranking_is_drawn_without_replacement(self):
         reward, where = RNG.normal(size=(3, 5)).astype(np.float32), np.ones((3, 5), bool)
         where[1, 2] = where[2, 1:] = False
@@ -110,7 +110,7 @@ class PlackettLuceTest(chex.TestCase):
 
 
 class ProcessTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_is_the_mean_over_the_labelled_positions(self):
         label, where = labelled_steps(jnp.minimum(STEP_LABEL, 1))
         out = self.variant(lambda s, c, w: process_loss(s, c, where=w))(LOGIT[..., 0], label, where)
@@ -124,7 +124,7 @@ class ProcessTest(chex.TestCase):
         with_bool = process_loss(LOGIT[..., 0], label > 0, where=where)
         np.testing.assert_array_equal(with_bool, process_loss(LOGIT[..., 0], label, where=where))
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_every_token_may_predict_the_outcome(self):
         correct, mask = np.array([True, False, True, False]), np.arange(5) < np.array([[5], [3], [1], [0]])
         every = np.broadcast_to(correct[:, None], (4, 5))
@@ -169,7 +169,7 @@ def test_classes_under_the_properties_of_every_loss():
 
 
 class CostTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_is_the_papers_with_the_pair_turned_round(self):
         harmful = np.array([[False, True], [False, False], [True, True]] * 2)
         out = self.variant(cost_model_loss)(REWARD, harmful)
@@ -178,7 +178,7 @@ class CostTest(chex.TestCase):
         expected = -log_expit(more_harmful - safer) - log_expit(s_w * more_harmful) - log_expit(s_l * safer)
         np.testing.assert_allclose(out, expected, rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_gradient_lowers_the_cost_of_the_safer_and_of_the_safe(self):
         grad = self.variant(jax.grad(lambda c: cost_model_loss(c, np.array([False, True]))))(jnp.zeros(2))
         np.testing.assert_allclose(grad, [1.0, -1.0], rtol=1e-6)

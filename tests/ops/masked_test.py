@@ -18,13 +18,13 @@ REFERENCES = [np.sum, np.mean, np.var, functools.partial(np.var, ddof=1)]
 
 
 class MaskedTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_are_numpy_without_a_mask(self):
         for function, reference in zip(FUNCTIONS, REFERENCES, strict=True):
             out = self.variant(function)(jnp.asarray(X))
             np.testing.assert_allclose(out, reference(X.astype(np.float64), axis=-1), rtol=2e-5, atol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_masked_is_sliced_whatever_the_mask_hides(self):
         for function, reference in zip(FUNCTIONS, REFERENCES, strict=True):
             out = self.variant(function)(jnp.asarray(DIRTY), jnp.asarray(WHERE))

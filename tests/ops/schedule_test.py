@@ -34,7 +34,7 @@ def parts(alpha_bar):
 
 
 class PredictionTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*PREDICTIONS)
     def test_every_prediction_is_the_same_noise(self, kind):
         for alpha_bar in (0.3, ALPHA_BAR):

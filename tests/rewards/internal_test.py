@@ -48,7 +48,7 @@ def row_mean(value, where):
 
 
 class SelfCertaintyTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*DIRECTIONS)
     def test_is_the_mean_divergence_over_the_real_tokens_and_the_real_vocabulary(self, direction):
         dirty = np.where(WHERE[..., None], np.concatenate([LOGITS, np.full((2, 3, 4, 2), 50.0)], -1), np.nan)
@@ -221,7 +221,7 @@ def every_kernel(answer, where=None):
 
 
 class VoteTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_is_a_count(self):
         out = self.variant(every_kernel)(jnp.asarray(ANSWER), jnp.asarray(REAL))
         for row, want in enumerate(counted(a, r) for a, r in zip(ANSWER, REAL, strict=True)):

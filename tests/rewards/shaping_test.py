@@ -13,7 +13,7 @@ WHERE = np.arange(15) < np.arange(0, 24, 2)[:, None]  # none, 2, 4, ..., all
 
 
 class OverlongTest(chex.TestCase):
-    @chex.all_variants(with_pmap=False)
+    @chex.variants(with_jit=True, without_device=True)
     def test_falls_from_0_to_minus_1_over_the_cache(self):
         length = np.array([0, 16383, 16384, 16385, 18432, 20479, 20480, 20481, 10**6])
         want = [0, 0, 0, -1 / 4096, -0.5, -4095 / 4096, -1, -1, -1]
@@ -51,7 +51,7 @@ def repeated_share(tokens, where, n):
 
 
 class RepetitionTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(1, 2, 4)
     def test_is_the_count_over_sets_of_ngrams(self, ngram):
         dirty = np.where(WHERE, TOKENS, -7)

@@ -47,11 +47,11 @@ def stream(key, reward, chunk, **options):
 
 
 class BestOfNTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_is_argmax(self):
         np.testing.assert_array_equal(self.variant(best_of_n)(jnp.asarray(ROWS)), ROWS.argmax(-1))
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_masked_candidates_never_win(self):
         reward = jnp.where(WHERE, ROWS, np.where(RNG.random((64, 16)) < 0.5, np.nan, 1e30))
         out = self.variant(lambda r, w: best_of_n(r, where=w))(reward, jnp.asarray(WHERE))
@@ -85,7 +85,7 @@ class BestOfNTest(chex.TestCase):
 
 
 class SoftBestOfNTest(chex.TestCase):
-    @chex.all_variants(with_pmap=False)
+    @chex.variants(with_jit=True, without_device=True)
     def test_variants_draw_the_same(self):
         draw = self.variant(lambda k, r, w: soft_best_of_n(k, r, beta=0.5, where=w))
         out = np.asarray(draw(jax.random.key(1), ROWS, WHERE))

@@ -24,7 +24,7 @@ def gaussian(variance, mean=0.0):
 
 
 class ReverseKernelTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_ddpm_is_bayes_rule_given_the_clean_prediction(self):
         before, after = np.array([0.1, 0.3, 0.5, 0.05]), np.array([0.2, 0.31, 0.99, 0.9])
         a, b = before[:, None], after[:, None]

@@ -22,7 +22,7 @@ def water(weights, cap):
 
 
 class CapTest(chex.TestCase):
-    @chex.all_variants(with_pmap=False)
+    @chex.variants(with_jit=True, without_device=True)
     def test_is_the_nearest_capped_law(self):
         weights = np.exp(np.where(WHERE, REWARD, -np.inf))
         for cap in (0.9, 0.3, 0.12, 0.01):

@@ -32,7 +32,7 @@ def log_odds(x, alpha_bar):
 
 
 class ConventionsTest(chex.TestCase):
-    @chex.all_variants(with_pmap=False)
+    @chex.variants(with_jit=True, without_device=True)
     def test_w_is_one_less_than_scale(self):
         conditional, unconditional = X, X[::-1].copy()
         by_w = self.variant(lambda a, b: classifier_free_guidance(a, b, w=2.5))(conditional, unconditional)
@@ -43,7 +43,7 @@ class ConventionsTest(chex.TestCase):
             out = classifier_free_guidance(conditional, unconditional, w=w)
             np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_a_classifiers_gradient_is_the_same_guidance(self):
         a = 0.4
         unconditional, conditional = (gaussian(v)(X[:, :1], a) for v in (2.0, 1.0))

@@ -27,7 +27,7 @@ def check_kept(out, logits, keep):
 
 
 class FilterTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(1, 500, 501, 900)
     def test_top_k(self, k):
         rank = np.argsort(np.argsort(-LOGITS, -1, kind="stable"), -1)
@@ -48,7 +48,7 @@ class FilterTest(chex.TestCase):
         probs = softmax(LOGITS.astype(np.float64), -1)
         check_kept(self.variant(lambda x: min_p(x, p=0.03))(LOGITS), LOGITS, probs >= 0.03 * probs.max(-1)[:, None])
 
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_processed_is_temperature_then_k_then_p(self):
         cold = LOGITS / np.float32(0.7)
         rank = np.argsort(np.argsort(-cold, -1, kind="stable"), -1)
@@ -135,7 +135,7 @@ def chi_square(drawn, law):
 
 
 class CategoricalTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_rows_draw_apart(self):
         logits = jnp.broadcast_to(jnp.asarray(LOGITS[0, :300]), (2000, 2, 300))
         out = np.asarray(self.variant(categorical)(jax.random.key(0), logits))

@@ -76,7 +76,7 @@ def test_masked_is_sliced_and_the_last_real_candidate_is_the_fallback():
 
 
 class InferenceTimePessimismTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_one_beta_and_bound_per_prompt_and_large_rewards(self):
         reward = RNG.normal(size=(50, 8)).astype(np.float32)
         reward = np.round(reward * 64) / 64  # so that the shift is exact

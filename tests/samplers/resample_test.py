@@ -37,7 +37,7 @@ def test_counts_are_unbiased(method):
 
 
 class ResampleTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters("residual", "stratified")
     def test_leading_dims_and_any_sum(self, method):
         rng = np.random.default_rng(0)

@@ -40,7 +40,7 @@ def reference(name, row, beta):
 
 
 class EstimatorsTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*ESTIMATORS)
     def test_is_its_definition_in_relative_terms(self, name):
         estimate = self.variant(lambda r, beta: ESTIMATORS[name](r, beta=beta))
@@ -48,7 +48,7 @@ class EstimatorsTest(chex.TestCase):
             out = estimate(jnp.asarray(REWARD), jnp.float32(beta))
             np.testing.assert_allclose(out, [reference(name, row, beta) for row in REWARD], rtol=3e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*ESTIMATORS)
     def test_masked_is_sliced(self, name):
         out = self.variant(lambda r, w: ESTIMATORS[name](r, beta=0.3, where=w))(jnp.asarray(DIRTY), jnp.asarray(WHERE))

@@ -89,7 +89,7 @@ def test_importing_the_module_imports_no_optional_package():
 
 
 class LimemTest(chex.TestCase):
-    @chex.all_variants(with_pmap=False)
+    @chex.variants(with_jit=True, without_device=True)
     def test_is_accuracy_times_inconsistency(self):
         rng = np.random.default_rng(0)
         solved, perturbed, where = rng.random((3, 4, 9)) < 0.6

@@ -275,7 +275,7 @@ def test_candidates_over_eight_devices():
 
 
 class FDivergenceTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_variants(self):
         reward = jnp.asarray(REWARD, jnp.float32)
         tilted = jax.vmap(lambda r: f_divergence_tilt(r, beta=0.3, divergence="forward_kl"))

@@ -24,7 +24,7 @@ def hackable_world(arms=1500):
 
 
 class FitTest(chex.TestCase):
-    @chex.all_variants(with_pmap=False)
+    @chex.variants(with_jit=True, without_device=True)
     @parameterized.parameters("best_of_n", "rl")
     def test_recovers_the_coefficients_of_real_points(self, form):
         alpha, b = np.float32([1.5, 0.4, 2.0]), np.float32([0.3, -0.1, 1.1])

@@ -49,7 +49,7 @@ def reference(name, row, beta):
 
 
 class EstimatorsTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*ESTIMATORS)
     def test_is_its_definition(self, name):
         estimate = self.variant(lambda r, beta: ESTIMATORS[name](r, beta=beta))
@@ -57,7 +57,7 @@ class EstimatorsTest(chex.TestCase):
             out = estimate(jnp.asarray(REWARD), jnp.float32(beta))
             np.testing.assert_allclose(out, [reference(name, row, beta) for row in REWARD], rtol=1e-5, atol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(*ESTIMATORS)
     def test_masked_is_sliced(self, name):
         out = self.variant(lambda r, w: ESTIMATORS[name](r, beta=0.3, where=w))(jnp.asarray(DIRTY), jnp.asarray(WHERE))
@@ -189,7 +189,7 @@ def test_lognormal_biases():
 
 
 class RunningTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_parts_are_the_whole_in_any_order(self):
         cuts = np.split(np.arange(16), [3, 4, 11])
         add = self.variant(lambda run, r, w: run.update(r, beta=0.3, where=w))

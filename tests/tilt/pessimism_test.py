@@ -27,7 +27,7 @@ def both(reward, beta, where):
 
 
 class PessimismTest(chex.TestCase):
-    @chex.all_variants(with_pmap=False)
+    @chex.variants(with_jit=True, without_device=True)
     @parameterized.parameters(1e-3, 0.3, 50.0)
     def test_masked_is_the_root_for_the_real_candidates(self, beta):
         dirty = np.where(WHERE, REWARD, RNG.choice([np.nan, np.inf, -np.inf, 1e30], size=WHERE.shape))

@@ -76,7 +76,7 @@ def test_k_does_not_depend_on_scale_and_grows_with_one_over_beta():
 
 
 class ParetoTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_rows_are_independent_and_normalised(self):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 60)), jnp.float32)
         out = self.variant(pareto_smooth)(x)

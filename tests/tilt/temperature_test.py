@@ -31,7 +31,7 @@ def achieved(row, beta):
 
 
 class BetaTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_reaches_the_wanted_kl(self):
         find = self.variant(lambda r, kl: beta_for_kl(r, kl=kl))
         for kl in (1e-5, 1e-3, 0.1, 0.5, 1.0):
@@ -39,7 +39,7 @@ class BetaTest(chex.TestCase):
             found = [achieved(row, b)[0] for row, b in zip(REWARD, np.asarray(beta), strict=True)]
             np.testing.assert_allclose(found, np.full(8, kl), rtol=1e-4)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_reaches_the_wanted_ess(self):
         find = self.variant(lambda r, ess: beta_for_ess(r, ess=ess))
         for ess in (8.0, 12.0, 20.0, 23.9):
@@ -47,7 +47,7 @@ class BetaTest(chex.TestCase):
             found = [achieved(row, b)[1] for row, b in zip(REWARD, np.asarray(beta), strict=True)]
             np.testing.assert_allclose(found, np.full(8, ess), rtol=1e-4)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_masked_is_sliced(self):
         kl = self.variant(lambda r, w: beta_for_kl(r, kl=0.2, where=w))(jnp.asarray(DIRTY), jnp.asarray(WHERE))
         ess = self.variant(lambda r, w: beta_for_ess(r, ess=9.0, where=w))(jnp.asarray(DIRTY), jnp.asarray(WHERE))

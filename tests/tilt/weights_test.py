@@ -15,7 +15,7 @@ WHERE = np.random.default_rng(1).random((5, 16)) < 0.6
 
 
 class TiltTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     @parameterized.parameters(0.05, 1.0, 30.0)
     def test_is_the_float64_softmax(self, beta):
         out = self.variant(lambda r: tilt(r, beta=beta))(jnp.asarray(REWARD))
@@ -24,7 +24,7 @@ class TiltTest(chex.TestCase):
         np.testing.assert_allclose(out.log_z, logsumexp(x, -1) - np.log(16), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(out.ess, 1 / np.square(softmax(x, -1)).sum(-1), rtol=2e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_masked_is_sliced(self):
         out = self.variant(lambda r, w: tilt(r, beta=0.3, where=w))(jnp.asarray(REWARD), jnp.asarray(WHERE))
         for row in range(5):

@@ -50,7 +50,7 @@ class TestPolicies:
 
 
 class VariantsTest(chex.TestCase):
-    @chex.variants(with_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True)
     def test_there_and_back(self):
         policy = [x.astype(np.float32) for x in random_levels(2, batch=(4,))]
         back = self.variant(lambda p: tree.conditionals(tree.sequence_logp(p), vocab_size=3))(policy)

@@ -25,7 +25,7 @@ REF_LOGP = (LOGP + RNG.normal(size=(7, 2))).astype(np.float32)
 
 
 class DPOTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     @parameterized.parameters(0.1, 2.0)
     def test_at_the_reference_the_loss_is_log_two(self, beta):
         out = self.variant(lambda logp, ref: dpo_loss(logp, ref, beta=beta))(LOGP, LOGP)
@@ -33,7 +33,7 @@ class DPOTest(chex.TestCase):
         grad = jax.grad(lambda x: dpo_loss(x, LOGP, beta=beta).sum())(jnp.asarray(LOGP))
         np.testing.assert_allclose(grad, np.broadcast_to([-beta / 2, beta / 2], (7, 2)), rtol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_smoothing_is_the_expected_loss_of_flipped_labels(self):
         smooth = self.variant(lambda logp, ref, eps: dpo_loss(logp, ref, beta=0.3, label_smoothing=eps))
         plain = dpo_loss(LOGP, REF_LOGP, beta=0.3)
@@ -41,7 +41,7 @@ class DPOTest(chex.TestCase):
         np.testing.assert_array_equal(smooth(LOGP, REF_LOGP, 0.0), plain)
         np.testing.assert_allclose(smooth(LOGP, REF_LOGP, 0.2), 0.8 * plain + 0.2 * flipped, rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_gradient_formula(self):
         grad = self.variant(jax.grad(lambda x: dpo_loss(x, REF_LOGP, beta=0.5).sum()))(jnp.asarray(LOGP))
         ratio = LOGP.astype(np.float64) - REF_LOGP

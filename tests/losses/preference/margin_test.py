@@ -35,13 +35,13 @@ def of_margin(loss, **options):
 
 
 class IPOTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_margin_is_one_over_two_beta(self):
         slope = jax.grad(lambda x: ipo_loss(x, REF_LOGP, beta=0.1, length_average=False).sum())
         at = REF_LOGP + np.float32([5.0, 0.0])
         np.testing.assert_allclose(self.variant(slope)(jnp.asarray(at)), np.zeros((8, 2)), atol=2e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_average_is_the_sum_at_length_one(self):
         average = self.variant(lambda n: ipo_loss(LOGP, REF_LOGP, n, beta=0.1, length_average=True))
         total = ipo_loss(LOGP, REF_LOGP, beta=0.1, length_average=False)
@@ -130,7 +130,7 @@ def test_discopop_is_logistic_below_and_exponential_above():
 
 
 class AOTTest(chex.TestCase):
-    @chex.all_variants(with_pmap=False)
+    @chex.variants(with_jit=True, without_device=True)
     def test_only_the_distributions_count(self):
         order = RNG.permutation(8)
         paired = self.variant(lambda logp, ref: aot_loss(logp, ref, beta=0.3))
@@ -139,7 +139,7 @@ class AOTTest(chex.TestCase):
         unpaired = self.variant(lambda logp, ref: aot_unpaired_loss(logp, ref, beta=0.3))
         np.testing.assert_allclose(unpaired(LOGP, REF_LOGP), unpaired(mixed(LOGP), mixed(REF_LOGP)), rtol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_ranks_are_among_real_pairs(self):
         where = np.ones((8, 2), bool)
         where[[1, 4], [0, 1]] = False

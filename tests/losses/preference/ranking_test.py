@@ -17,12 +17,12 @@ RANKINGS = np.array(list(itertools.permutations(range(4))), np.int32)
 
 
 class PlackettLuceTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_two_candidates_are_dpo(self):
         out = self.variant(lambda logp, ref: plackett_luce_dpo_loss(logp, ref, beta=0.5))(LOGP[:, :2], REF_LOGP[:, :2])
         np.testing.assert_allclose(out, dpo_loss(LOGP[:, :2], REF_LOGP[:, :2], beta=0.5), rtol=1e-5, atol=1e-7)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_the_probabilities_of_all_rankings_add_up_to_one(self):
         one = lambda logp, ref, ranking: plackett_luce_dpo_loss(logp, ref, ranking, beta=0.5)
         every = self.variant(jax.vmap(jax.vmap(one, in_axes=(None, None, 0)), in_axes=(0, 0, None)))
@@ -63,7 +63,7 @@ def test_beta_may_differ_between_prompts():
 
 
 class IPLTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_one_step_without_a_future_is_dpo(self):
         logp, ref = LOGP[:, :2], REF_LOGP[:, :2]
 
@@ -72,7 +72,7 @@ class IPLTest(chex.TestCase):
 
         np.testing.assert_allclose(self.variant(loss)(logp, ref), dpo_loss(logp, ref, beta=0.3), rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_segments_of_unequal_length(self):
         q, value = RNG.normal(size=(2, 2, 5)).astype(np.float32)
         where = np.array([[True, True, False, False, False], [True, True, True, True, False]])

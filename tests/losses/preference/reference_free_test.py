@@ -14,14 +14,14 @@ FLAT = np.zeros((7, 2), np.float32)
 
 
 class AgainstDPOTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     @parameterized.parameters(1, 12)
     def test_simpo_without_target_is_reference_free_dpo(self, tokens):
         length = np.full((7, 2), tokens, np.int32)
         out = self.variant(lambda logp, length: simpo_loss(logp, length, beta=2.0, gamma=0.0))(LOGP, length)
         np.testing.assert_allclose(out, dpo_loss(LOGP, FLAT, beta=2.0 / tokens), rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_the_local_reward_is_dpo_against_a_flat_reference(self):
         expected = dpo_loss(LOGP, FLAT, beta=1 / 53)
         np.testing.assert_allclose(self.variant(lambda x: local_reward_loss(x, beta=1 / 53))(LOGP), expected, rtol=1e-6)

@@ -16,7 +16,7 @@ TOKEN_LOGP = np.take_along_axis(log_softmax(LOGITS, -1), TOKENS, -1)[..., 0].ast
 
 
 class LengthTest(chex.TestCase):
-    @chex.all_variants(with_pmap=True)
+    @chex.variants(with_jit=True, without_device=True)
     def test_tokens_beyond_the_shorter_length_count_less(self):
         dirty = np.where(MASK, TOKEN_LOGP, np.nan)
         out = self.variant(lambda x, m: length_desensitised_logp(x, m, alpha=0.3))(dirty, MASK)
@@ -26,7 +26,7 @@ class LengthTest(chex.TestCase):
                 own = TOKEN_LOGP[row, k, : LENGTH[row, k]].astype(np.float64)
                 np.testing.assert_allclose(out[row, k], own[:shorter].sum() + 0.3 * own[shorter:].sum(), rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_weights_are_products_of_geometric_means(self):
         probability = np.exp(log_softmax(LOGITS, -1))
         ratio = np.exp(TOKEN_LOGP) / np.square(probability).sum(-1)
