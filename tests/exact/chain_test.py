@@ -56,7 +56,7 @@ def test_finitely_many_candidates_guide_as_one_minus_one_over_n():
         points = jnp.linspace(-7, 7, 72, dtype=jnp.float32)
         run = jax.jit(end_variance, static_argnums=2)
         limit = lambda scale, n: (
-            2 * float(run(scale, jnp.int32(n), 40, points)) - float(run(scale, jnp.int32(n), 20, points))
+            2 * float(run(scale, jnp.int32(n), 30, points)) - float(run(scale, jnp.int32(n), 15, points))
         )
         for n in (2, 4):
             law = float(gaussian.guided_variance(2.0, 1.0, (1 - 1 / n) * 3).sde)

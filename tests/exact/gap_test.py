@@ -10,7 +10,7 @@ from scipy.special import expit, log_expit, softmax
 from tiltjax.exact import bandit, gap, tree
 
 RNG = np.random.default_rng(5)
-ONES = {H: np.array([bin(i).count("1") for i in range(2**H)]) for H in (1, 3, 6)}
+ONES = {H: np.array([bin(i).count("1") for i in range(2**H)]) for H in (1, 3, 5)}
 
 fit = jax.jit(gap.fit_linear_reward)
 law_of = jax.jit(gap.statistical_law, static_argnames="beta")
@@ -38,23 +38,23 @@ def repeated(H, *, n, beta, features, repeats):
     return jax.tree.map(np.asarray, seen), ref, reward
 
 
-def test_six_tokens_cost_the_verifier_its_dimension_and_the_generator_its_own():
+def test_five_tokens_cost_the_verifier_its_dimension_and_the_generator_its_own():
     n, beta, repeats = 8000, 1.0, 20
-    features = world(6)[-1]
-    np.testing.assert_array_equal(gap.level_features(6), features)
-    seen, ref, reward = repeated(6, n=n, beta=beta, features=features, repeats=repeats)
-    verifier, generator = (law_of(ref, reward, x, beta=beta) for x in (features, np.eye(64)))
-    np.testing.assert_allclose([verifier.dimension, generator.dimension], [6, 63], rtol=1e-9)
-    np.testing.assert_allclose([verifier.excess_nll, generator.excess_nll], [3.0, 31.5], rtol=1e-9)
+    features = world(5)[-1]
+    np.testing.assert_array_equal(gap.level_features(5), features)
+    seen, ref, reward = repeated(5, n=n, beta=beta, features=features, repeats=repeats)
+    verifier, generator = (law_of(ref, reward, x, beta=beta) for x in (features, np.eye(32)))
+    np.testing.assert_allclose([verifier.dimension, generator.dimension], [5, 31], rtol=1e-9)
+    np.testing.assert_allclose([verifier.excess_nll, generator.excess_nll], [2.5, 15.5], rtol=1e-9)
     # Twice n times the excess loss is chi-squared with as many degrees of freedom as dimensions.
     for law, found in ((verifier, seen.global_excess), (generator, seen.local_excess)):
         error = np.sqrt(law.dimension / 2 / repeats)
         assert abs(n * found.mean() - law.dimension / 2) < 4 * error
     np.testing.assert_allclose(n * seen.online_kl.mean(), verifier.kl, rtol=0.5)
-    np.testing.assert_allclose(n * seen.offline_kl.mean(), generator.kl, rtol=0.15)
+    np.testing.assert_allclose(n * seen.offline_kl.mean(), generator.kl, rtol=0.2)
     assert seen.exists.all()
-    assert (seen.offline_kl > 3 * seen.online_kl).all()
-    assert generator.kl > 8 * verifier.kl
+    assert (seen.offline_kl > 2 * seen.online_kl).all()
+    assert generator.kl > 4 * verifier.kl
 
 
 @pytest.mark.parametrize("H", [1, 3])

@@ -42,7 +42,8 @@ def test_two_calls_merged_are_the_plain_attention(prefix):
         return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(QUERY, OWN, prefix)
 
     expected = both(plain)
-    for implementation in ("xla", "pallas"):
+    # The part of the kernel that is without a prefix is the second of the two calls with one, too.
+    for implementation in ("xla", "pallas")[: 1 if prefix is None else 2]:
         chex.assert_trees_all_close(
             both(functools.partial(merged, implementation=implementation)), expected, rtol=1e-5, atol=2e-5
         )

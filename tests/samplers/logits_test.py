@@ -65,26 +65,39 @@ class FilterTest(chex.TestCase):
 def test_ties_under_k_and_p():
     logits = jnp.log(jnp.asarray([0.2, 0.3, 0.2, 0.2, 0.1]))
 
-    def kept(x):
-        return np.isfinite(x).astype(int).tolist()
+    @jax.jit
+    def kept(logits):
+        of_k, of_p = [top_k(logits, k=k) for k in (2, 3)], jax.vmap(lambda p: top_p(logits, p=p))
+        equal = top_p(jnp.zeros(5), p=0.1), min_p(jnp.zeros(5), p=1.0)
+        return jnp.isfinite(jnp.stack([*of_k, *of_p(jnp.asarray([0.25, 0.4, 0.95])), *equal])).astype(int)
 
-    assert kept(top_k(logits, k=2)) == [1, 1, 0, 0, 0]
-    assert kept(top_k(logits, k=3)) == [1, 1, 1, 0, 0]
-    assert kept(top_p(logits, p=0.25)) == [0, 1, 0, 0, 0]
-    assert kept(top_p(logits, p=0.4)) == [1, 1, 1, 1, 0]  # A tie is not split.
-    assert kept(top_p(logits, p=0.95)) == [1, 1, 1, 1, 1]
-    assert kept(top_p(jnp.zeros(5), p=0.1)) == [1] * 5
-    assert kept(min_p(jnp.zeros(5), p=1.0)) == [1] * 5
+    assert kept(logits).tolist() == [
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0],  # A tie is not split.
+        [1] * 5,
+        [1] * 5,
+        [1] * 5,
+    ]
 
 
 def test_removed_tokens_stay_removed_and_empty_rows_are_not_nan():
-    logits = jnp.where(jnp.arange(501) % 3 == 0, LOGITS, -jnp.inf).at[0].set(-jnp.inf)
-    for out in (top_k(logits, k=400), top_p(logits, p=0.999), min_p(logits, p=0.01), temper(logits, temperature=2.0)):
+    logits = np.where(np.arange(501) % 3 == 0, LOGITS, -np.float32(INF))
+    logits[0] = -INF
+
+    @jax.jit
+    def every(x):
+        drawn = categorical(jax.random.key(0), x)
+        return (top_k(x, k=400), top_p(x, p=0.999), min_p(x, p=0.01), temper(x, temperature=2.0)), drawn
+
+    filtered, drawn = every(logits)
+    for out in map(np.asarray, filtered):
         assert not np.isnan(out).any()
-        assert (np.asarray(out)[:, 1::3] == -INF).all()
-        assert (np.asarray(out)[0] == -INF).all()
+        assert (out[:, 1::3] == -INF).all()
+        assert (out[0] == -INF).all()
         assert np.isfinite(out)[1:].any(-1).all()
-    assert int(categorical(jax.random.key(0), logits)[0]) == 0
+    assert int(drawn[0]) == 0
 
 
 def test_filters_return_float32_and_accept_far_logits():
