@@ -1,6 +1,5 @@
 """Every test runs on 8 fake CPU devices, with implicit rank promotion an error."""
 
-import gc
 import os
 
 from tests.compiler import xla_flags
@@ -13,7 +12,6 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(100_000, 20, 50)  # Tracing makes many objects that live: to look for garbage less often is 5 % faster.
 
 
 @pytest.fixture(scope="session", autouse=True)

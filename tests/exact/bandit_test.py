@@ -29,6 +29,8 @@ WORLDS = {
 soft_law = jax.jit(bandit.soft_best_of_n_law)
 hard_law = jax.jit(bandit.best_of_n_law)
 z_law = jax.jit(bandit.log_partition_law)
+tilted, log_partition = jax.jit(bandit.tilted), jax.jit(bandit.log_partition)
+chi_squared, expansion = jax.jit(bandit.chi_squared), jax.jit(bandit.expansion)
 kl, total_variation, win_rate = jax.jit(bandit.kl), jax.jit(bandit.total_variation), jax.jit(bandit.win_rate)
 
 
@@ -78,11 +80,11 @@ class TestTilt:
         log_z = logsumexp(x, b=ref)
         target = ref * np.exp(x - log_z)
         w = np.exp(x - log_z)[possible]
-        np.testing.assert_allclose(bandit.log_partition(*world(name), beta=beta), log_z, rtol=1e-13, atol=1e-15)
-        np.testing.assert_allclose(bandit.tilted(*world(name), beta=beta), target, rtol=1e-12)
+        np.testing.assert_allclose(log_partition(*world(name), beta=beta), log_z, rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(tilted(*world(name), beta=beta), target, rtol=1e-12)
         chi2 = ref[possible] @ (w - 1) ** 2
-        np.testing.assert_allclose(bandit.chi_squared(*world(name), beta=beta), chi2, rtol=1e-9)
-        out = bandit.expansion(*world(name), beta=beta)
+        np.testing.assert_allclose(chi_squared(*world(name), beta=beta), chi2, rtol=1e-9)
+        out = expansion(*world(name), beta=beta)
         # 1 + chi2 is the mean of w under p*.
         spread = w - target[possible] @ w
         rounding = 1e-14 * w.max()
@@ -91,16 +93,16 @@ class TestTilt:
 
     def test_gibbs_identity_and_optimality(self):
         ref, reward = world("standard")
-        target = bandit.tilted(ref, reward, beta=0.3)
+        target = tilted(ref, reward, beta=0.3)
         for p in RNG.dirichlet(np.ones(6), size=5):
             gain = p @ REWARD - 0.3 * kl(jnp.asarray(p), ref)
-            best = 0.3 * bandit.log_partition(ref, reward, beta=0.3)
+            best = 0.3 * log_partition(ref, reward, beta=0.3)
             np.testing.assert_allclose(gain, best - 0.3 * kl(jnp.asarray(p), target), rtol=1e-12, atol=1e-13)
 
     def test_a_softmax_without_the_reference_is_not_the_tilt(self):
         # What is left when candidates are de-duplicated before the softmax.
         p = jnp.asarray(softmax(REWARD / 0.5))
-        away = total_variation(p, bandit.tilted(*world("standard"), beta=0.5))
+        away = total_variation(p, tilted(*world("standard"), beta=0.5))
         np.testing.assert_allclose(away, 0.345, atol=5e-4)
 
     @pytest.mark.parametrize(("name", "tol"), [("two-point", 1e-12), ("uniform", 1e-6), ("gaussian", 1e-9)])
@@ -115,7 +117,7 @@ class TestTilt:
             else:
                 grid = np.linspace(-12, 16, 4001)
                 ref, reward, expected = softmax(-(grid**2) / 2), a * grid, np.exp(a * a) - 1
-            found = bandit.chi_squared(jnp.asarray(ref), jnp.asarray(reward), beta=1.0)
+            found = chi_squared(jnp.asarray(ref), jnp.asarray(reward), beta=1.0)
             np.testing.assert_allclose(found, expected, rtol=tol)
         np.testing.assert_allclose(4 / 2 / np.tanh(2) - 1, 1.0746, atol=5e-5)
 
@@ -194,9 +196,9 @@ class TestSoftBestOfN:
             np.testing.assert_allclose(soft_law(ref, reward, n=n, beta=1e14), ref, atol=1e-12)
         for beta in (0.1, 1.0, 1e3):
             np.testing.assert_allclose(soft_law(ref, reward, n=1, beta=beta), ref, rtol=1e-13)
-            target = bandit.tilted(ref, reward, beta=beta)
+            target = tilted(ref, reward, beta=beta)
             away = float(total_variation(soft_law(ref, reward, n=10**9, beta=beta), target))
-            np.testing.assert_allclose(away, 0, atol=1e-12 + 2e-9 * float(bandit.expansion(ref, reward, beta=beta).tv))
+            np.testing.assert_allclose(away, 0, atol=1e-12 + 2e-9 * float(expansion(ref, reward, beta=beta).tv))
 
     @pytest.mark.parametrize("n", [1, 3, 64, 4096, 10**6])
     def test_is_a_law_for_any_beta(self, n):
@@ -229,8 +231,8 @@ class TestSoftBestOfN:
     def test_expansion_of_the_standard_world(self, top, beta, chi2, n_tv, c1, n2_kl, c2, tv_64, kl_64):
         ref, reward = world("standard")
         reward = top * reward
-        target, constants = bandit.tilted(ref, reward, beta=beta), bandit.expansion(ref, reward, beta=beta)
-        printed = (bandit.chi_squared(ref, reward, beta=beta), constants.tv, constants.kl)
+        target, constants = tilted(ref, reward, beta=beta), expansion(ref, reward, beta=beta)
+        printed = (chi_squared(ref, reward, beta=beta), constants.tv, constants.kl)
         np.testing.assert_allclose(printed, (chi2, c1, c2), rtol=5e-4)
         far = soft_law(ref, reward, n=4096, beta=beta)
         np.testing.assert_allclose(4096 * total_variation(far, target), n_tv, rtol=1e-3)
@@ -248,9 +250,9 @@ class TestSoftBestOfN:
     def test_expansion_elsewhere(self, name):
         # Richardson in 1/N: what N (P_N / p* - 1), N TV and N^2 KL tend to.
         ref, reward = world(name)
-        beta, target = 0.8, bandit.tilted(ref, reward, beta=0.8)
-        constants = bandit.expansion(ref, reward, beta=beta)
-        scale = 1 + float(bandit.chi_squared(ref, reward, beta=beta)) * (100 if name == "skewed" else 1)
+        beta, target = 0.8, tilted(ref, reward, beta=0.8)
+        constants = expansion(ref, reward, beta=beta)
+        scale = 1 + float(chi_squared(ref, reward, beta=beta)) * (100 if name == "skewed" else 1)
         small, large = int(2000 * scale), int(4000 * scale)
         laws = {n: soft_law(ref, reward, n=n, beta=beta) for n in (small, large)}
         for measure, power, constant in (
@@ -263,7 +265,7 @@ class TestSoftBestOfN:
 
     def test_rates(self):
         ref, reward = world("standard")
-        target = bandit.tilted(ref, reward, beta=0.5)
+        target = tilted(ref, reward, beta=0.5)
         n = np.array([64, 256, 1024, 4096, 16384])
         laws = [soft_law(ref, reward, n=int(m), beta=0.5) for m in n]
         slope = lambda values: np.polyfit(np.log(n), np.log(np.array(values, float)), 1)[0]
@@ -273,8 +275,8 @@ class TestSoftBestOfN:
     def test_bounds(self):
         for name, beta, n in itertools.product(WORLDS, (0.1, 0.5, 2.0), (1, 2, 8, 100, 5000)):
             ref, reward = world(name)
-            law, target = soft_law(ref, reward, n=n, beta=beta), bandit.tilted(ref, reward, beta=beta)
-            chi2 = float(bandit.chi_squared(ref, reward, beta=beta))
+            law, target = soft_law(ref, reward, n=n, beta=beta), tilted(ref, reward, beta=beta)
+            chi2 = float(chi_squared(ref, reward, beta=beta))
             span = np.ptp(WORLDS[name][1][WORLDS[name][0] > 0])
             gap = float(kl(target, law))
             assert gap <= np.log1p(chi2 / n) + 1e-12
@@ -287,7 +289,7 @@ class TestSoftBestOfN:
         # The two-point law that attains sinh^2(a / 2); n is not small, so its rounding does not show.
         p = 1 / (1 + np.exp(a))
         ref, reward = jnp.asarray([1 - p, p]), jnp.asarray([0.0, a])
-        target = bandit.tilted(ref, reward, beta=1.0)
+        target = tilted(ref, reward, beta=1.0)
         needed = 1 + np.sinh(a / 2) ** 2
         for m, expected in ((1, 0.265), (10, 5.8e-3), (100, 5.1e-5)):
             law = soft_law(ref, reward, n=round(m * needed), beta=1.0)
@@ -295,8 +297,8 @@ class TestSoftBestOfN:
 
     def test_forward_derivative(self):
         ref, reward = world("ties")
-        law = lambda beta: bandit.soft_best_of_n_law(ref, reward, n=8, beta=beta)
-        slope = jax.jvp(law, (jnp.float64(0.6),), (jnp.float64(1.0),))[1]
+        law = lambda beta: soft_law(ref, reward, n=8, beta=beta)
+        slope = jax.jit(lambda b: jax.jvp(law, (b,), (jnp.ones_like(b),))[1])(0.6)
         np.testing.assert_allclose(slope, (law(0.6 + 1e-5) - law(0.6 - 1e-5)) / 2e-5, rtol=1e-6, atol=1e-9)
 
 
@@ -318,7 +320,7 @@ class TestLogPartitionLaw:
         for beta in (1e-3, 0.03, 0.5, 4.0, 1e3):
             law = z_law(*world(name), n=n, beta=beta)
             expected = enumerated_log_z(*WORLDS[name], n, beta)
-            log_z = float(bandit.log_partition(*world(name), beta=beta))
+            log_z = float(log_partition(*world(name), beta=beta))
             np.testing.assert_allclose(law.mean, expected, rtol=1e-12, atol=1e-13)
             np.testing.assert_allclose(law.bias, expected - log_z, rtol=1e-11, atol=1e-13 * max(1, abs(log_z)))
 
@@ -490,7 +492,7 @@ class TestTransformations:
     def test_an_impossible_arm_is_never_read(self):
         ref, reward = world("standard")
         longer = jnp.append(ref, 0.0), jnp.append(reward, jnp.nan)
-        for function in (*self.functions, lambda p, r, beta: bandit.best_of_n_law(p, r, n=3)):
+        for function in map(jax.jit, (*self.functions, lambda p, r, beta: bandit.best_of_n_law(p, r, n=3))):
             for a, b in zip(*(jax.tree.leaves(function(*w, beta=0.4)) for w in (longer, (ref, reward))), strict=True):
                 np.testing.assert_allclose(a[:6] if a.ndim else a, b, rtol=1e-12)
                 assert a.ndim == 0 or float(a[6]) == 0

@@ -176,12 +176,13 @@ def test_pairs_fit_the_odds_up_to_a_constant():
 
 
 def test_a_bias_for_every_prompt():
-    bias, correct = jnp.linspace(-1.0, 1.0, 5), RNG.random((5, 4)) < 0.5
-    out = implicit_prm_ce_loss(LOGP, REF_LOGP, correct, beta=0.5, bias=bias)
+    bias, correct = np.linspace(-1, 1, 5, dtype=np.float32), RNG.random((5, 4)) < 0.5
+    run = jax.jit(lambda x, ref, correct, bias: implicit_prm_ce_loss(x, ref, correct, beta=0.5, bias=bias))
+    out = run(LOGP, REF_LOGP, correct, bias)
     for row in range(5):
-        one = implicit_prm_ce_loss(LOGP[row], REF_LOGP[row], correct[row], beta=0.5, bias=bias[row])
-        np.testing.assert_allclose(out[row], one, rtol=1e-6)
-    grad = jax.grad(lambda b: implicit_prm_ce_loss(LOGP, REF_LOGP, correct, beta=0.5, bias=b, where=MASK).sum())(bias)
+        np.testing.assert_allclose(out[row], run(LOGP[row], REF_LOGP[row], correct[row], bias[row]), rtol=1e-6)
+    total = lambda b: implicit_prm_ce_loss(LOGP, REF_LOGP, correct, beta=0.5, bias=b, where=MASK).sum()
+    grad = jax.jit(jax.grad(total))(bias)
     error = expit(0.5 * (LOGP - REF_LOGP) + np.asarray(bias)[:, None]) - correct
     np.testing.assert_allclose(grad, np.where(MASK, error, 0).sum(-1), rtol=1e-4, atol=1e-6)
 
@@ -208,10 +209,9 @@ def test_noise_contrast_is_the_limit_of_hard_targets():
 
 
 def test_prompts_of_one_kind_teach_no_pair():
+    run = jax.jit(jax.value_and_grad(lambda x, c: implicit_prm_dpo_loss(x, REF_LOGP, c, beta=0.5).sum()))
     for label in (True, False):
-        value, grad = jax.value_and_grad(lambda x, c: implicit_prm_dpo_loss(x, REF_LOGP, c, beta=0.5).sum())(
-            jnp.asarray(LOGP), np.full((5, 4), label)
-        )
+        value, grad = run(LOGP, np.full((5, 4), label))
         assert value == 0
         np.testing.assert_array_equal(grad, np.zeros((5, 4)))
 

@@ -11,6 +11,7 @@ from absl.testing import parameterized
 from tiltjax.ops.order import expected_max, pass_at_k, pass_at_k_bound, plackett_luce_logp
 
 RNG = np.random.default_rng(0)
+largest = jax.jit(expected_max, static_argnames="n")
 REWARD = RNG.normal(size=(4, 9)).astype(np.float32)
 WHERE = np.array([[1] * 9, [1, 0, 1, 1, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 1, 1, 0, 0], [1] + [0] * 8], bool)
 
@@ -36,20 +37,20 @@ class ExpectedMaxTest(chex.TestCase):
         np.testing.assert_allclose(out, expected, rtol=1e-5)
 
     def test_vmaps_and_takes_any_leading_dimensions(self):
-        flat = expected_max(jnp.asarray(REWARD), n=3)
-        chex.assert_trees_all_close(jax.vmap(lambda r: expected_max(r, n=3))(jnp.asarray(REWARD)), flat)
-        chex.assert_trees_all_close(expected_max(REWARD.reshape(2, 2, 9), n=3), flat.reshape(2, 2))
+        flat = np.asarray(largest(REWARD, n=3))
+        chex.assert_trees_all_close(jax.jit(jax.vmap(lambda r: expected_max(r, n=3)))(REWARD), flat)
+        chex.assert_trees_all_close(largest(REWARD.reshape(2, 2, 9), n=3), flat.reshape(2, 2))
 
 
-@pytest.mark.parametrize("n", [1, 2, 10, 100, 500, 999, 1000])
+@pytest.mark.parametrize("n", [1, 2, 100, 999, 1000])
 def test_a_thousand_draws_against_exact_binomials(n):
     reward = RNG.normal(size=1000).astype(np.float32) + 1000
     ascending = np.sort(reward.astype(np.float64))
     weights = [math.comb(i, n - 1) / math.comb(1000, n) for i in range(1000)]
     np.testing.assert_allclose(sum(weights), 1, rtol=1e-12)
-    out, exact = expected_max(jnp.asarray(reward), n=n), np.dot(weights, ascending)
+    out, exact = largest(reward, n=n), np.dot(weights, ascending)
     np.testing.assert_allclose(out, exact, rtol=2e-7)
-    masked = expected_max(jnp.append(reward, jnp.nan), n=n, where=jnp.arange(1001) < 1000)
+    masked = largest(np.append(reward, np.float32(np.nan)), n=n, where=np.arange(1001) < 1000)
     np.testing.assert_allclose(masked, exact, rtol=2e-7)
 
 
@@ -57,30 +58,30 @@ def test_is_unbiased():
     # All 3^4 draws of 4 from a law on 3 points, against the expected maximum of 2 in closed form.
     law, points = np.array([0.5, 0.3, 0.2]), np.array([-1.0, 0.5, 4.0])
     draws = np.array(list(itertools.product(range(3), repeat=4)))
-    mean = np.dot(law[draws].prod(-1), expected_max(jnp.asarray(points[draws], jnp.float32), n=2))
+    mean = np.dot(law[draws].prod(-1), largest(np.float32(points[draws]), n=2))
     cdf = np.cumsum(law)
     np.testing.assert_allclose(mean, np.dot(np.diff(cdf**2, prepend=0), points), rtol=1e-5)
 
 
 def test_gradient_of_the_largest_and_of_the_mean():
     row = jnp.asarray(REWARD[0])
-    np.testing.assert_allclose(jax.grad(lambda r: expected_max(r, n=9))(row), np.eye(9)[REWARD[0].argmax()], atol=1e-6)
-    np.testing.assert_allclose(jax.grad(lambda r: expected_max(r, n=1))(row), np.full(9, 1 / 9), rtol=1e-4)
+    of_largest, of_mean = (jax.jit(jax.grad(lambda r, n=n: expected_max(r, n=n)))(row) for n in (9, 1))
+    np.testing.assert_allclose(of_largest, np.eye(9)[REWARD[0].argmax()], atol=1e-6)
+    np.testing.assert_allclose(of_mean, np.full(9, 1 / 9), rtol=1e-4)
     nothing = jnp.zeros(9, bool)
     bad = jnp.full(9, jnp.nan)
-    assert float(expected_max(bad, n=2, where=nothing)) == 0
-    np.testing.assert_array_equal(jax.grad(lambda r: expected_max(r, n=2, where=nothing))(bad), np.zeros(9))
+    value, grad = jax.jit(jax.value_and_grad(lambda r: expected_max(r, n=2, where=nothing)))(bad)
+    assert value == 0
+    np.testing.assert_array_equal(grad, np.zeros(9))
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (10, 1), (10, 3), (10, 10), (200, 100)])
 def test_pass_at_k_is_the_ratio_of_binomials(n, k):
     c = np.arange(n + 1)
     expected = [1 - math.comb(n - i, k) / math.comb(n, k) for i in c]
-    for call in (lambda c: pass_at_k(c, num_samples=n, k=k), jax.jit(lambda c: pass_at_k(c, num_samples=n, k=k))):
-        np.testing.assert_allclose(call(jnp.asarray(c)), expected, rtol=2e-7)
-    np.testing.assert_allclose(
-        jax.vmap(lambda c: pass_at_k(c, num_samples=n, k=k))(jnp.asarray(c)), expected, rtol=2e-7
-    )
+    call = lambda c: pass_at_k(c, num_samples=n, k=k)
+    for found in jax.jit(lambda c: (call(c), jax.vmap(call)(c)))(c):
+        np.testing.assert_allclose(found, expected, rtol=2e-7)
 
 
 def test_pass_at_k_is_unbiased_where_the_plug_in_is_not():
@@ -97,7 +98,7 @@ def test_pass_at_k_is_unbiased_where_the_plug_in_is_not():
 def test_pass_at_k_is_the_expected_largest_of_zeros_and_ones(k):
     correct = RNG.random((6, 9)) < np.linspace(0, 1, 6)[:, None]
     c = jnp.asarray(correct.sum(-1))
-    out = expected_max(jnp.asarray(correct, jnp.float32), n=k)
+    out = largest(np.float32(correct), n=k)
     np.testing.assert_allclose(out, pass_at_k(c, num_samples=9, k=k), rtol=1e-6, atol=1e-7)
 
 

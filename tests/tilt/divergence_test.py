@@ -26,6 +26,7 @@ REWARD = RNG.normal(size=(5, 16)).astype(np.float32)
 WHERE = RNG.random((5, 16)) < 0.6
 DIRTY = np.where(WHERE, REWARD, RNG.choice([np.nan, np.inf, -np.inf, 1e30], size=REWARD.shape)).astype(np.float32)
 ESTIMATORS = {"kl": tilt_kl, "chi2": chi_squared, "reward": tilted_reward}
+COMPILED = {name: jax.jit(estimator) for name, estimator in ESTIMATORS.items()}  # One program for every beta.
 
 
 def reference(name, row, beta):
@@ -56,29 +57,41 @@ class EstimatorsTest(chex.TestCase):
         np.testing.assert_allclose(out, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("beta", [0.01, 0.3, 50.0])
-def test_candidates_over_eight_devices(name, beta):
-    kernel = functools.partial(ESTIMATORS[name], beta=beta)
+def test_candidates_over_eight_devices():
     spec, mesh = PartitionSpec(None, "n"), Mesh(np.array(jax.devices()), ("n",))
-    mapped = lambda r, w: kernel(r, where=w, axis_name="n")
-    sharded = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec()))
-    expected = kernel(jnp.asarray(DIRTY), where=jnp.asarray(WHERE))
-    np.testing.assert_allclose(sharded(DIRTY, WHERE), expected, rtol=1e-5)
+
+    def every(r, w, beta, axis_name=None):
+        return [f(r, beta=beta, where=w, axis_name=axis_name) for f in ESTIMATORS.values()]
+
+    mapped = functools.partial(every, axis_name="n")
+    specs = (spec, spec, PartitionSpec())
+    sharded = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))
+    pmapped, whole = jax.pmap(mapped, axis_name="n", in_axes=(0, 0, None)), jax.jit(every)
 
     def split(x):
         return x.reshape(5, 8, 2).swapaxes(0, 1)
 
-    out = jax.pmap(mapped, axis_name="n")(split(DIRTY), split(WHERE))
-    np.testing.assert_allclose(out, np.tile(expected, (8, 1)), rtol=1e-5)
+    for beta in np.float32([0.01, 0.3, 50.0]):
+        expected = np.stack(whole(DIRTY, WHERE, beta))
+        np.testing.assert_allclose(sharded(DIRTY, WHERE, beta), expected, rtol=1e-5)
+        out = pmapped(split(DIRTY), split(WHERE), beta)
+        np.testing.assert_allclose(out, np.tile(expected[:, None], (1, 8, 1)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_no_candidate_gives_zero_and_zero_gradient(name):
-    nothing, bad = jnp.zeros((2, 4), bool), jnp.full((2, 4), jnp.nan)
-    value, grad = jax.value_and_grad(lambda r: ESTIMATORS[name](r, beta=0.5, where=nothing).sum())(bad)
-    assert float(value) == 0
-    np.testing.assert_array_equal(grad, np.zeros((2, 4)))
+def test_no_candidate_gives_zero_and_zero_gradient():
+    nothing, bad = np.zeros((2, 4), bool), np.full((2, 4), np.nan, np.float32)
+
+    def both(estimator, reward):
+        return jax.value_and_grad(lambda r: estimator(r, beta=0.5, where=nothing).sum())(reward)
+
+    for value, grad in jax.jit(lambda r: [both(f, r) for f in ESTIMATORS.values()])(bad):
+        assert float(value) == 0
+        np.testing.assert_array_equal(grad, np.zeros((2, 4)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(name, row, beta):
+    return jax.grad(lambda r: ESTIMATORS[name](r, beta=beta))(row)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -87,7 +100,7 @@ def test_gradients_are_those_of_the_definition(name, beta):
     close = REWARD[0].copy()
     close[close.argsort()[-3:-1]] = close.max() - np.float32([0.03, 0.01])
     row = close.astype(np.float64)
-    grad = jax.grad(lambda r: ESTIMATORS[name](r, beta=beta))(jnp.asarray(close))
+    grad = gradient(name, close, beta)
     step = 1e-4 * beta
     finite = [
         (reference(name, row + step * e, beta) - reference(name, row - step * e, beta)) / (2 * step) for e in np.eye(16)
@@ -99,18 +112,19 @@ def test_gradients_are_those_of_the_definition(name, beta):
 def test_small_divergences_keep_their_digits_next_to_large_rewards(name):
     reward = (1000 + 0.25 * np.arange(64)).astype(np.float32)
     for beta in (1e3, 1e5):
-        out = ESTIMATORS[name](jnp.asarray(reward), beta=beta)
+        out = COMPILED[name](reward, beta=beta)
         np.testing.assert_allclose(out, reference(name, reward, beta), rtol=1e-5)
     # One outlier among many: both ways of summing meet at the same value.
     row = np.append(np.zeros(10_000, np.float32), np.float32(1))
     for d in (0.01, 5.0, 29.9, 30.1, 60.0):
         np.testing.assert_allclose(
-            ESTIMATORS[name](jnp.asarray(row), beta=1 / d), reference(name, row, 1 / d), rtol=1e-4, err_msg=str(d)
+            COMPILED[name](row, beta=1 / d), reference(name, row, 1 / d), rtol=1e-4, err_msg=str(d)
         )
 
 
 def test_limits_and_identities():
-    reward = jnp.asarray(REWARD)
+    reward, weights_kl_ = jnp.asarray(REWARD), jax.jit(weights_kl)
+    tilt_kl, chi_squared, tilted_reward = COMPILED.values()
     np.testing.assert_allclose(tilt_kl(reward, beta=1e-4), np.full(5, np.log(16)), rtol=1e-6)
     np.testing.assert_allclose(chi_squared(reward, beta=1e-4), np.full(5, 15.0), rtol=1e-6)
     np.testing.assert_allclose(tilted_reward(reward, beta=1e-4), REWARD.max(-1), rtol=1e-6)
@@ -119,9 +133,9 @@ def test_limits_and_identities():
     assert float(tilt_kl(tied, beta=1e-3)) == pytest.approx(np.log(2), rel=1e-6)
     assert float(tilt_kl(jnp.ones(4), beta=1e-3)) == 0
     # N / (1 + chi2) is the effective sample size; the KL is that of the weights.
-    t = tilt(reward, beta=0.4)
+    t = jax.jit(tilt)(reward, beta=0.4)
     np.testing.assert_allclose(16 / (1 + chi_squared(reward, beta=0.4)), t.ess, rtol=1e-5)
-    np.testing.assert_allclose(weights_kl(t.weights), tilt_kl(reward, beta=0.4), rtol=1e-5)
+    np.testing.assert_allclose(weights_kl_(t.weights), tilt_kl(reward, beta=0.4), rtol=1e-5)
     # beta log Z = E r - beta KL of the tilt (the Gibbs identity), on the candidates.
     gibbs = tilted_reward(reward, beta=0.4) - 0.4 * tilt_kl(reward, beta=0.4)
     np.testing.assert_allclose(gibbs, 0.4 * t.log_z, rtol=1e-5, atol=1e-6)
@@ -131,16 +145,17 @@ def test_weights_kl_of_any_weights():
     weights = RNG.dirichlet(np.full(7, 0.3), size=4).astype(np.float32)
     weights[0], weights[1] = np.eye(7)[2], 1 / 7
     exact = [sum(w * np.log(7 * w) for w in row if w > 0) for row in weights.astype(np.float64)]
-    np.testing.assert_allclose(weights_kl(jnp.asarray(weights)), exact, rtol=1e-5, atol=1e-7)
-    padded = jnp.asarray(np.concatenate([weights, np.full((4, 2), np.nan)], -1), jnp.float32)
-    where = jnp.broadcast_to(jnp.arange(9) < 7, (4, 9))
-    np.testing.assert_allclose(weights_kl(padded, where=where), exact, rtol=1e-5, atol=1e-7)
-    assert float(weights_kl(jnp.zeros(3), where=jnp.zeros(3, bool))) == 0
+    kl = jax.jit(weights_kl)
+    np.testing.assert_allclose(kl(weights), exact, rtol=1e-5, atol=1e-7)
+    padded = np.concatenate([weights, np.full((4, 2), np.nan)], -1, dtype=np.float32)
+    where = np.broadcast_to(np.arange(9) < 7, (4, 9))
+    np.testing.assert_allclose(kl(padded, where=where), exact, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(kl(padded, where=np.zeros((4, 9), bool)), 0)
     spec, mesh = PartitionSpec("n"), Mesh(np.array(jax.devices()), ("n",))
     mapped = functools.partial(weights_kl, axis_name="n")
     eight = jnp.asarray(softmax(REWARD[0]))
     out = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=spec, out_specs=PartitionSpec()))(eight)
-    np.testing.assert_allclose(out, weights_kl(eight), rtol=1e-5)
+    np.testing.assert_allclose(out, kl(eight), rtol=1e-5)
 
 
 def test_biases_are_the_documented_ones(every_draw, truth):

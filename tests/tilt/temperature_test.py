@@ -56,17 +56,20 @@ class BetaTest(chex.TestCase):
             np.testing.assert_allclose(achieved(row[where], c)[1], 9, rtol=1e-4)
 
 
+for_kl, for_ess, tilted = jax.jit(beta_for_kl), jax.jit(beta_for_ess), jax.jit(tilt)
+
+
 def test_small_effective_sample_sizes_and_large_kls():
-    rows = jnp.tile(REWARD[:1], (3, 1))
+    rows = np.tile(REWARD[:1], (3, 1))
     ess, kl = jnp.asarray([1.01, 1.5, 3.0]), jnp.asarray([2.0, 3.0, 0.999 * np.log(24)])
-    np.testing.assert_allclose(tilt(rows, beta=beta_for_ess(rows, ess=ess)).ess, ess, rtol=1e-4)
-    found = [achieved(REWARD[0], b)[0] for b in np.asarray(beta_for_kl(rows, kl=kl))]
+    np.testing.assert_allclose(tilted(rows, beta=for_ess(rows, ess=ess)).ess, ess, rtol=1e-4)
+    found = [achieved(REWARD[0], b)[0] for b in np.asarray(for_kl(rows, kl=kl))]
     np.testing.assert_allclose(found, kl, rtol=1e-4)
 
 
 def test_shift_leaves_and_scale_scales_it():
     row = jnp.asarray(np.round(REWARD[:4] * 64) / 64)  # so that shifts are exact
-    for find in (jax.jit(lambda r: beta_for_kl(r, kl=0.3)), jax.jit(lambda r: beta_for_ess(r, ess=6.0))):
+    for find in (jax.jit(lambda r: for_kl(r, kl=0.3)), jax.jit(lambda r: for_ess(r, ess=6.0))):
         base = find(row)
         np.testing.assert_allclose(find(row - 512), base, rtol=1e-5)
         np.testing.assert_array_equal(find(row * 2.0**40), base * 2.0**40)
@@ -76,40 +79,40 @@ def test_shift_leaves_and_scale_scales_it():
 
 def test_one_target_per_prompt_and_vmap():
     kl = jnp.asarray([0.01, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])
-    out = beta_for_kl(jnp.asarray(REWARD), kl=kl)
+    out = for_kl(jnp.asarray(REWARD), kl=kl)
     found = [achieved(row, b)[0] for row, b in zip(REWARD, np.asarray(out), strict=True)]
     np.testing.assert_allclose(found, kl, rtol=1e-4)
-    vmapped = jax.vmap(lambda r, t: beta_for_kl(r, kl=t))(jnp.asarray(REWARD), kl)
+    vmapped = jax.jit(jax.vmap(lambda r, t: beta_for_kl(r, kl=t)))(jnp.asarray(REWARD), kl)
     np.testing.assert_allclose(vmapped, out, rtol=1e-5)
     ess = jnp.linspace(8, 23, 8)
-    out = jax.vmap(lambda r, t: beta_for_ess(r, ess=t))(jnp.asarray(REWARD), ess)
-    np.testing.assert_allclose(tilt(jnp.asarray(REWARD), beta=out).ess, ess, rtol=1e-4)
+    out = jax.jit(jax.vmap(lambda r, t: beta_for_ess(r, ess=t)))(jnp.asarray(REWARD), ess)
+    np.testing.assert_allclose(tilted(jnp.asarray(REWARD), beta=out).ess, ess, rtol=1e-4)
 
 
 def test_targets_out_of_reach():
     equal, nothing = jnp.full((2, 4), 3.0), jnp.zeros((2, 4), bool)
-    for find in (lambda r, w: beta_for_kl(r, kl=0.1, where=w), lambda r, w: beta_for_ess(r, ess=2.0, where=w)):
+    for find in (lambda r, w: for_kl(r, kl=0.1, where=w), lambda r, w: for_ess(r, ess=2.0, where=w)):
         np.testing.assert_array_equal(find(equal, None), np.full(2, np.inf))
         np.testing.assert_array_equal(find(equal * jnp.nan, nothing), np.full(2, np.inf))
-    np.testing.assert_array_equal(tilt(equal, beta=jnp.full(2, jnp.inf)).weights, np.full((2, 4), 0.25))
+    np.testing.assert_array_equal(tilted(equal, beta=jnp.full(2, jnp.inf)).weights, np.full((2, 4), 0.25))
     tied = jnp.asarray([2.0, 2.0, 0.0, -2.0])
     smallest = 4 * np.exp(-18)
-    np.testing.assert_allclose(beta_for_kl(tied, kl=1.0), smallest, rtol=1e-4)  # at most log 2
-    np.testing.assert_allclose(beta_for_ess(tied, ess=1.5), smallest, rtol=1e-4)  # at least 2
-    np.testing.assert_allclose(tilt(tied, beta=beta_for_kl(tied, kl=1.0)).weights, [0.5, 0.5, 0, 0])
-    assert float(beta_for_ess(tied, ess=4.0)) == np.inf
-    assert np.isnan(float(beta_for_kl(jnp.asarray([0.0, jnp.nan]), kl=0.1)))
+    np.testing.assert_allclose(for_kl(tied, kl=1.0), smallest, rtol=1e-4)  # at most log 2
+    np.testing.assert_allclose(for_ess(tied, ess=1.5), smallest, rtol=1e-4)  # at least 2
+    np.testing.assert_allclose(tilted(tied, beta=for_kl(tied, kl=1.0)).weights, [0.5, 0.5, 0, 0])
+    assert float(for_ess(tied, ess=4.0)) == np.inf
+    assert np.isnan(float(for_kl(jnp.asarray([0.0, jnp.nan]), kl=0.1)))
 
 
 def test_carries_no_gradient():
     for find in (lambda r: beta_for_kl(r, kl=0.3), lambda r: beta_for_ess(r, ess=6.0)):
-        np.testing.assert_array_equal(jax.grad(lambda r, f=find: f(r).sum())(jnp.asarray(REWARD)), np.zeros((8, 24)))
+        np.testing.assert_array_equal(jax.jit(jax.grad(lambda r, f=find: f(r).sum()))(REWARD), np.zeros((8, 24)))
 
 
 def test_double_precision():
     with jax.enable_x64(True):
         row = jnp.asarray(RNG.normal(size=24))
-        found = achieved(np.asarray(row), beta_for_kl(row, kl=1e-6))[0]
+        found = achieved(np.asarray(row), for_kl(row, kl=1e-6))[0]
     np.testing.assert_allclose(found, 1e-6, rtol=1e-9)
 
 
@@ -119,7 +122,7 @@ def test_candidates_over_eight_devices(name):
         options = {"where": w, "axis_name": axis_name}
         return beta_for_kl(r, kl=0.2, **options) if name == "kl" else beta_for_ess(r, ess=9.0, **options)
 
-    expected = find(jnp.asarray(DIRTY), jnp.asarray(WHERE))
+    expected = jax.jit(find)(DIRTY, WHERE)
     spec, mesh = PartitionSpec(None, "n"), Mesh(np.array(jax.devices()), ("n",))
     mapped = lambda r, w: find(r, w, "n")
     sharded = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec()))
