@@ -1,5 +1,6 @@
 """`experiments.align`, and then more on the same policy: what a test starts as one of several processes."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import align, reward_model
+from experiments import align, align_world, reward_model
 from experiments.align_config import AlignConfig
 from experiments.align_fit import tune
 from experiments.align_online import improve
@@ -31,6 +32,14 @@ from tiltjax.train.loop import fit
 from tiltjax.train.sharding import batch_sharding, make_mesh, pmap_step
 
 RECORD_MESH = "data:2,fsdp:2,tensor:2"
+
+
+@contextlib.contextmanager
+def shared_programs():
+    """Worlds that draw and score alike do it by one program, which is traced and compiled once."""
+    makers = {name: functools.cache(getattr(align_world, name)) for name in ("make_sampler", "make_scorer")}
+    with mock.patch.multiple(align_world, **makers):
+        yield
 
 
 def improved(config):
@@ -68,9 +77,10 @@ def adapted(config):
 
 
 def drawn_one_at_a_time(config):
-    """Candidates of the held-out prompts, of which too few are drawn at a time for every device to have one."""
+    """Candidates of the first held-out prompts, too few at a time for every device to have one."""
     directory = pathlib.Path(f"{config.output}-one")
-    world = prepare(dataclasses.replace(config, output=str(directory), sample_batch=1), directory)
+    told = dataclasses.replace(config, output=str(directory), sample_batch=1, num_eval_prompts=6)
+    world = prepare(told, directory)
     world.rollout("heldout", world.model, name="heldout")
 
 
@@ -172,7 +182,8 @@ def told_of(*arguments, groups, slots, num_candidates, **options):
 def main():
     config = from_flags(AlignConfig)
     distributed.initialize(from_flags(Hosts))
-    with distributed.ends_with_the_others(), mock.patch.object(rollout, "decode_queue", told_of):
+    told = mock.patch.object(rollout, "decode_queue", told_of)
+    with distributed.ends_with_the_others(), told, shared_programs():
         align.run(config)
         improved(config)
         rewarded(config)

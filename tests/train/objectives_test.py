@@ -227,8 +227,8 @@ def test_unknown_method_is_refused():
         method_kernel("tilted_mle", beta=0.0)(jnp.zeros((6, 2)), ragged_candidates(6))
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("method", ["sft", *METHODS, "var"])
+# A kernel sees log-probabilities of whole completions: one of them stands for all.
+@pytest.mark.parametrize(("method", "microbatches"), [("sft", 2), ("tilted_mle", 1), ("var", 2)])
 def test_a_step_does_not_change_with_its_padding(method, microbatches):
     """Whatever stands in it."""
     rng = np.random.default_rng(0)
