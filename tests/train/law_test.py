@@ -104,10 +104,16 @@ def test_every_policy_has_a_law_on_what_the_sampler_left():
     q = np.exp(np.float64(other))
     assert q.sum() == pytest.approx(1, abs=1e-5)
     assert np.isfinite(other).all()
-    states = [model.hidden(batch.prompt, batch.prompt_mask, batch.completion) for model in (policy(), policy(1))]
-    heads = [model.projection() for model in (policy(), policy(1))]
-    options = {"reference": (states[1], heads[1]), "support": batch.support, "temperature": TEMPERATURE}
-    kl = token_logp(states[0], heads[0], jnp.asarray(batch.completion), **options).kl
+
+    @jax.jit
+    def kl_of(*models):
+        states = [model.hidden(batch.prompt, batch.prompt_mask, batch.completion) for model in models]
+        options = {"reference": (states[1], models[1].projection()), "support": batch.support}
+        return token_logp(
+            states[0], models[0].projection(), jnp.asarray(batch.completion), temperature=TEMPERATURE, **options
+        ).kl
+
+    kl = kl_of(policy(), policy(1))
     each = np.where(batch.completion_mask, kl, 0).sum(-1)[0]
     assert (p * each).sum() == pytest.approx((p * (np.log(p) - other)).sum(), rel=1e-3)
     mean = jax.jit(functools.partial(kl_along_prefixes, temperature=TEMPERATURE))(policy(), policy(1), batch)["kl"].mean

@@ -26,6 +26,9 @@ def noisy_loss(params, frozen, batch, key):
     return average(jnp.sum(jnp.square(batch + 0.1 * noise - params["w"][None]), -1)), {}
 
 
+STEP = jax.jit(functools.partial(train_step, loss_fn=noisy_loss, tx=TX), donate_argnums=0)
+
+
 class Killed(Exception):
     pass
 
@@ -41,7 +44,7 @@ def run(directory, *, resume=False, kill_at=None, steps=11):
     return fit(
         init_state({"w": jnp.zeros(4)}, TX),
         batches,
-        step_fn=jax.jit(functools.partial(train_step, loss_fn=noisy_loss, tx=TX), donate_argnums=0),
+        step_fn=STEP,
         key=jax.random.key(7),
         num_steps=steps,
         directory=directory,

@@ -118,9 +118,11 @@ ONCE = [name for name in METHODS if name.removeprefix("online_") not in PAIRWISE
 
 
 @pytest.mark.parametrize("name", ONCE)
-def test_label_advantage_and_loss_of_every_record_fit(name):
-    """Traced, not computed."""
-    method = get_method(name)
+def test_label_advantage_and_loss_of_every_record_fit(name, monkeypatch):
+    """Traced, not computed. Whether they or the memory read the reference, the record says."""
+    read = []
+    monkeypatch.setattr(Batch, "ref", property(lambda batch: read.append(batch) or batch.ref_view))
+    method = dataclasses.replace(get_method(name), reads_reference=True)
     players = loop.init_players(method, TABLE, TX)
 
     def loss(params, beta):
@@ -135,25 +137,7 @@ def test_label_advantage_and_loss_of_every_record_fit(name):
     assert (value.total.shape, value.count.shape) == ((), ())
     assert method.paper
     assert name == method.name
-
-
-def test_records_say_whether_they_read_the_reference(monkeypatch):
-    """Label, advantage, memory and loss, traced: a record that says no gets none, one that says yes needs it."""
-    read = []
-    monkeypatch.setattr(Batch, "ref", property(lambda batch: read.append(batch) or batch.ref_view))
-
-    def trace(method):
-        players = loop.init_players(method, TABLE, TX)
-        drawn = loop.collect(method, players, prompts(8), jax.random.key(0), sample=sample)
-        _, batch = loop.prepare(method, players, drawn, score(drawn), jax.random.key(1), view=view, beta=0.5)
-        return method.loss(view(TABLE, batch.candidates), batch, 0.5)
-
-    found = {}
-    for name, method in METHODS.items():
-        read.clear()
-        jax.eval_shape(functools.partial(trace, dataclasses.replace(method, reads_reference=True)))
-        found[name] = bool(read)
-    assert found == {name: method.reads_reference for name, method in METHODS.items()}
+    assert bool(read) == get_method(name).reads_reference
 
 
 @pytest.mark.parametrize(
@@ -191,12 +175,20 @@ def test_a_round_without_a_reference_learns():
         jax.eval_shape(lambda: one_round(dataclasses.replace(get_method("dpo"), reads_reference=False)))
 
 
-def test_pairwise_losses_take_pairs_and_differ():
-    """Offline and online, the pairwise records are that of DPO with another loss."""
-    batch = batch_of("dpo")
-    losses = jax.jit(
-        lambda batch: {name: PAIRWISE[name][0](view(OTHER, batch.candidates), batch, 0.3).mean for name in PAIRWISE}
-    )
+def test_pairwise_losses_take_pairs_and_differ(monkeypatch):
+    """Offline and online, the pairwise records are that of DPO with another loss, which reads a reference or not."""
+    batch, read, reading = batch_of("dpo"), [], {}
+    monkeypatch.setattr(Batch, "ref", property(lambda batch: read.append(batch) or batch.ref_view))
+
+    @jax.jit
+    def losses(batch):
+        now, values = view(OTHER, batch.candidates), {}
+        for name, (loss, *_) in PAIRWISE.items():
+            read.clear()
+            values[name] = loss(now, batch, 0.3).mean
+            reading[name] = bool(read)
+        return values
+
     values = {name: float(value) for name, value in losses(batch).items()}
     assert np.isfinite(list(values.values())).all()
     assert len({round(value, 5) for value in values.values()}) > len(PAIRWISE) - 3
@@ -205,6 +197,7 @@ def test_pairwise_losses_take_pairs_and_differ():
         assert offline.loss is online.loss is PAIRWISE[name][0]
         assert (offline.label, offline.draw, online.draw) == (judged, (("initial", 2),), (("current", 2),))
         assert (offline.schedule, online.schedule) == ("offline", "online")
+        assert offline.reads_reference == online.reads_reference == reading[name]
 
 
 @pytest.mark.parametrize("name", ["grpo_4_epochs", "safe_rlhf", "prime"])

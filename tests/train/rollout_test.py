@@ -189,21 +189,18 @@ def same_tokens(out, expected):
         np.testing.assert_allclose(getattr(out, name), getattr(expected, name), atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.0])
 @pytest.mark.parametrize("slots", [None, 8])
-def test_the_candidates_of_one_prompt_are_spread_over_all_devices(slots, temperature):
+def test_the_candidates_of_one_prompt_are_spread_over_all_devices(slots):
     mesh, n = make_mesh("data:4,fsdp:2"), 16
-    options = {"num_candidates": n, "temperature": temperature}
-    out = drawn(sampler_of(slots=slots, mesh=mesh, **options), 1, shard(tiny_model(), mesh))
-    same_tokens(out, drawn(sampler_of(**options), 1))
+    out = drawn(sampler_of(slots=slots, mesh=mesh, num_candidates=n), 1, shard(tiny_model(), mesh))
+    same_tokens(out, drawn(sampler_of(num_candidates=n), 1))
     over_candidates = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
     assert all(x.sharding.is_equivalent_to(over_candidates, x.ndim) for x in jax.tree.leaves(out))
     # Two candidates on each device: it stops with the longer one, and where it has one slot, with the second.
     lengths = np.asarray(out.completion_mask).sum(-1).reshape(8, n // 8)
     np.testing.assert_array_equal(out.steps[0] + 1, lengths.max(-1) if slots is None else lengths.sum(-1))
-    if temperature:
-        assert len({row.tobytes() for row in np.asarray(out.completion[0])}) > n / 2
-        assert len(set(out.steps[0].tolist())) > 1
+    assert len({row.tobytes() for row in np.asarray(out.completion[0])}) > n / 2
+    assert len(set(out.steps[0].tolist())) > 1
 
 
 @pytest.mark.parametrize("slots", [None, 16])
@@ -248,7 +245,8 @@ def test_what_a_device_does_of_a_call(B, n, share, axes, slots, monkeypatch):
 def test_a_call_that_divides_in_part_draws_the_same(B, n):
     mesh = make_mesh("data:4,fsdp:2")
     out = drawn(sampler_of(num_candidates=n, slots=16, mesh=mesh), B)
-    same_tokens(out, drawn(sampler_of(num_candidates=n), B))
+    most = drawn(sampler_of(num_candidates=5), 4)  # What a prompt's first candidates are, no other decides.
+    same_tokens(out, jax.tree.map(lambda x: x[:B, :n], dataclasses.replace(most, steps=None)))
 
 
 def test_prompts_go_through_one_at_a_time_on_all_devices():
@@ -282,7 +280,7 @@ def test_score_all_is_the_score_of_each():
     model, candidates = tiny_model(), ragged_candidates(5, N)
     stats = jax.jit(type(model).score)(model, candidates.prompt, candidates.prompt_mask, candidates.completion)
     expected = np.where(candidates.completion_mask, stats.logp, 0).sum(-1)
-    out = score_all(model, candidates, batch_size=2)
+    out = score_all(model, candidates, batch_size=2, buckets=1)
     assert isinstance(out, np.ndarray)
     np.testing.assert_allclose(out, expected, atol=1e-5)
     sharded = score_all(model, candidates, batch_size=8, scorer=scorer(), sharding=batch_sharding(make_mesh()))

@@ -59,7 +59,7 @@ def test_rules_reach_every_matrix(family):
         assert place.spec == (PartitionSpec() if small else expected[name]), name
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # With and without biases, gates and learned positions.
 def test_loss_and_gradient_over_three_axes_are_those_of_one_device(family):
     model, batch, tx, key = load(GOLDEN / family), ragged_candidates(), optax.sgd(1.0), jax.random.key(0)
     step = functools.partial(train_step, loss_fn=sft_objective(), tx=tx)
