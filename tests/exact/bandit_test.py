@@ -445,7 +445,7 @@ class EmpiricalTest(chex.TestCase):
             np.testing.assert_allclose((law * reward).sum(-1), (exact * reward).sum(-1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("beta", [1e-3, 0.1, 10.0, 1e3])
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 1e3])
 @pytest.mark.parametrize("n", [1, 32, 10**6])
 def test_every_law_in_float32(n, beta):
     ref, reward = EmpiricalTest.ref[0], EmpiricalTest.reward[0]

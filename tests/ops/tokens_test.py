@@ -91,12 +91,16 @@ def test_a_support_restricts_every_field_and_every_gradient(chunk, rows):
             jnp.sum(jnp.where(kept, p * (ours - theirs), 0), -1),
         ])  # fmt: skip
 
-    np.testing.assert_allclose(jax.jit(ours)(*arrays), whole(*arrays), rtol=2e-5, atol=2e-6)
-    grads = [jax.jit(jax.grad(lambda *x, f=f: jnp.sum(weights * f(*x)), (0, 1, 2, 3)))(*arrays) for f in (ours, whole)]
-    chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-5)
-    outside = jnp.asarray((~kept).argmax(-1))
-    stats = token_logp(*arrays[:2], outside, support=support)
-    np.testing.assert_array_equal(np.isneginf(stats.logp), ~kept.all(-1))
+    def both(function):
+        total = lambda *x: (jnp.sum(weights * (out := function(*x))), out)
+        return jax.jit(jax.grad(total, (0, 1, 2, 3), has_aux=True))(*arrays)
+
+    (grads, found), (expected_grads, expected) = both(ours), both(whole)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+    chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+    outside = (~kept).argmax(-1)
+    logp = chunked(*arrays[:2], outside, support=support)[0]
+    np.testing.assert_array_equal(np.isneginf(logp), ~kept.all(-1))
 
 
 def test_makes_no_wide_copy_of_a_narrow_head():
@@ -108,7 +112,7 @@ def test_makes_no_wide_copy_of_a_narrow_head():
         assert compiled.memory_analysis().temp_size_in_bytes < head.nbytes / 2
 
 
-@pytest.mark.parametrize(("chunk", "temperature"), [(8, 1.0), (8, 0.7), (37, 1.0), (1, 2.0), (64, 0.7)])
+@pytest.mark.parametrize(("chunk", "temperature"), [(8, 0.7), (37, 1.0), (1, 2.0)])
 def test_is_the_float64_log_softmax(chunk, temperature):
     expected = exact(HIDDEN, HEAD, TOKEN, temperature)
     single = chunked(np.float32(HIDDEN), np.float32(HEAD), TOKEN, temperature, chunk=chunk)
@@ -330,8 +334,21 @@ def test_with_a_reference_all_fields_and_gradients_are_those_of_the_dense_formul
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("argnums", [(0, 1), (2, 3), (1, 2)])
-@pytest.mark.parametrize("names", [*((name,) for name in ALL), ("logp", "kl"), ("entropy", "ref_logp")])
+# Every field with every choice of operands that can change it; two that stand for pairs of fields.
+@pytest.mark.parametrize(
+    ("names", "argnums"),
+    [
+        (("logp",), (0, 1)),
+        (("entropy",), (1, 2)),
+        (("self_certainty",), (0, 1)),
+        (("ref_logp",), (2, 3)),
+        (("ref_logp",), (0, 1)),
+        *((("kl",), argnums) for argnums in ((0, 1), (2, 3), (1, 2))),
+        (("logp", "kl"), (1, 2)),
+        (("logp", "kl"), (2, 3)),
+        (("entropy", "ref_logp"), (1, 2)),
+    ],
+)
 def test_gradient_of_some_fields_to_some_operands(names, argnums):
     """What nobody differentiates is left out, and changes nothing that somebody does."""
     with jax.enable_x64(True):
@@ -348,7 +365,7 @@ def test_gradients_of_each_row_under_vmap():
 
     with jax.enable_x64(True):
         grad = jax.grad(total, argnums=(0, 1))
-        actual, expected = jax.vmap(grad)(HIDDEN, REF_HIDDEN, TOKEN), grad(HIDDEN, REF_HIDDEN, TOKEN)
+        actual, expected = (jax.jit(f)(HIDDEN, REF_HIDDEN, TOKEN) for f in (jax.vmap(grad), grad))
         chex.assert_trees_all_close(actual, expected, rtol=1e-11)
 
 

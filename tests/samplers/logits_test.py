@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 
 from tiltjax.samplers.logits import categorical, categorical_and_logp, greedy, min_p, processed, temper, top_k, top_p
 
@@ -120,14 +120,14 @@ def test_greedy_over_blocks_is_argmax(V):
     np.testing.assert_array_equal(greedy(jnp.asarray(logits)), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("V", [1, 7, 257, 1000])
+@pytest.mark.parametrize("V", [1, 257, 1000])
 def test_the_log_probability_is_that_of_what_was_drawn(V):
-    logits = 3 * jax.random.normal(jax.random.key(V), (40, V))
-    logits = jnp.where(jnp.arange(V) % 3 == 1, -jnp.inf, logits)
+    logits = 3 * np.random.default_rng(V).normal(size=(40, V)).astype(np.float32)
+    logits[:, np.arange(V) % 3 == 1] = -INF
     keys = jax.random.split(jax.random.key(0), 40)
     token, logp = jax.jit(categorical_and_logp)(keys, logits)
     np.testing.assert_array_equal(token, jax.jit(categorical)(keys, logits))
-    expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(token)[:, None], 1)[:, 0]
+    expected = np.take_along_axis(log_softmax(logits, -1), np.asarray(token)[:, None], 1)[:, 0]
     np.testing.assert_allclose(logp, expected, rtol=1e-5, atol=1e-6)
 
 
