@@ -15,7 +15,7 @@ SMALL = dict(vocab_size=48, features=16, num_layers=2, num_heads=4, num_kv_heads
              rotary_dim=8)  # fmt: skip
 ARCHITECTURES = {
     "llama": SMALL,
-    "windowed": SMALL | dict(family="mistral", sliding_window=3),
+    "windowed": SMALL | dict(family="mistral", sliding_window=2),
     "qwen3": SMALL | dict(family="qwen3", qk_norm=True, rope_scaling=("llama3", 8.0, 1.0, 4.0, 16.0)),
     "neox": SMALL | dict(family="gpt_neox", norm="layer", gated=False, parallel_residual=True, rotary_dim=2, tied=False,
                          num_kv_heads=4, qkv_bias=True, out_bias=True, mlp_bias=True, activation="gelu"),
