@@ -28,9 +28,9 @@ from tiltjax.train.config import define_flags
 from tiltjax.train.distributed import Hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS, N = 6, 4
+STEPS, N = 6, 8  # As many candidates as devices.
 ARTEFACTS = ("config.json", "fingerprint.json", "report.md", "results.json", "metrics.jsonl", "frontier.png", "ess.png")
-SETTINGS = {"reward": "length?target=3", "beta": 0.2, "num_candidates": N, "num_prompts": 8, "num_eval_prompts": 4,
+SETTINGS = {"reward": "length?target=3", "beta": 0.2, "num_candidates": N, "num_prompts": 8, "num_eval_prompts": 8,
             "max_tokens": 6, "steps": STEPS, "checkpoint_every": 2, "batch_size": 4, "sample_batch": 2,
             "learning_rate": 0.01, "lora_rank": 0, "compute_dtype": "float32", "compilation_cache": ""}  # fmt: skip
 
@@ -53,16 +53,13 @@ class Begun(BaseException):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A tiny policy with a tokenizer of whole words, and a file of prompts, one of them long; demonstrations of all."""
+    """A tiny policy with a tokenizer of whole words, and a file of short prompts: all draws are of one shape."""
     home = tmp_path_factory.mktemp("align")
     words = ["<eos>", "<pad>", *(f"w{i}" for i in range(14))]
     save_policy(home / "policy", words)
     (home / "policy/generation_config.json").write_text('{"eos_token_id": [0], "pad_token_id": 1}')
-    rows = [{"prompt": " ".join(words[2 + i : 5 + i - i % 3])} for i in range(12)]
-    rows[5]["prompt"] = " ".join(words[2:12] * 4)
+    rows = [{"prompt": " ".join(words[2 + (i + k * (1 + i // 14)) % 14] for k in range(3 - i % 3))} for i in range(18)]
     (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = [row | {"completion": "w1 w2 w3"} for row in rows]
-    (home / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     return home
 
 
@@ -79,7 +76,7 @@ def start(home):
     flags_ = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     environment = os.environ | {
         "XLA_FLAGS": " ".join(flags_),
-        # Four of the five runs below compile nothing that the first has compiled.
+        # The runs below compile nothing that the first has compiled.
         "JAX_COMPILATION_CACHE_DIR": str(home / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -136,7 +133,7 @@ def test_says_how_much_it_compiles_and_nothing_of_what_jax_does(unbroken):
     assert {"rollout.py", "align_fit.py", "align.py"} <= places
     assert not places & {"compiler.py", "dispatch.py", "compilation_cache.py", "pxla.py", "xla_bridge.py"}
     assert re.fullmatch(r"sample train: 8 rows in 1 batches of 1 shapes \(compilations\) .*; padding .*", said[0])
-    assert said[1].startswith("fit: 6 steps of 2 shapes (compilations) [(8, 6), (40, 6)], ")
+    assert said[1].startswith("fit: 6 steps of 1 shapes (compilations) [(3, 6)], ")
     assert "compilations" not in out
 
 
@@ -157,18 +154,18 @@ def test_export_is_the_last_checkpoint(home, unbroken):
     assert ends[0] == ends[1]
 
 
-def test_killed_three_times_it_ends_with_the_same_bytes(home, start, unbroken):
+def test_killed_it_ends_with_the_same_bytes(home, start, unbroken):
+    """Within a rollout it is killed in `rollout_test`, between stages in `align_online_test`; here by the system."""
     directory = home / "broken"
-    for sight in ("candidates/train/00000.npz", "checkpoints/2", "candidates/heldout-tuned.npz"):
-        process = start(*arguments(settings(home, directory, resume=True)))
-        deadline = time.monotonic() + 200
-        while not (directory / sight).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        process.kill()
-        _, err = process.communicate()
-        assert (directory / sight).exists(), err
-        assert process.returncode == -signal.SIGKILL
-        assert not (directory / "results.json").exists()
+    process = start(*arguments(settings(home, directory, resume=True)))
+    deadline = time.monotonic() + 200
+    while not (directory / "checkpoints/2").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    _, err = process.communicate()
+    assert (directory / "checkpoints/2").exists(), err
+    assert process.returncode == -signal.SIGKILL
+    assert not (directory / "results.json").exists()
     process = start(*arguments(settings(home, directory, resume=True)))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -176,15 +173,15 @@ def test_killed_three_times_it_ends_with_the_same_bytes(home, start, unbroken):
         assert (directory / name).read_bytes() == (unbroken[0] / name).read_bytes(), name
 
 
-def test_an_existing_run_is_not_overwritten_and_help_teaches(home, start, unbroken):
+def test_an_existing_run_is_not_overwritten(home, unbroken, refused):
     before = {p: p.read_bytes() for p in unbroken[0].rglob("*") if p.is_file()}
-    again, helped = start(*arguments(settings(home, unbroken[0]))), start("--help")
-    _, err = again.communicate(timeout=100)
-    assert again.returncode == 2
     said = "there is a run already; pass --resume to go on with it, --overwrite to remove it, or another --output"
-    assert err == f"error: {unbroken[0]}: {said}\n"
+    assert refused(settings(home, unbroken[0])) == f"error: {unbroken[0]}: {said}"
     assert {p: p.read_bytes() for p in unbroken[0].rglob("*") if p.is_file()} == before
-    out, _ = helped.communicate(timeout=100)
+
+
+def test_help_teaches(start):
+    out, _ = start("--help").communicate(timeout=100)
     assert "python -m experiments.align" in out
     for field in dataclasses.fields(AlignConfig):
         assert f"--{'[no]' if field.default is False else ''}{field.name}:" in out
@@ -237,7 +234,7 @@ def refused(capsys, monkeypatch):
         ({"reward": "kindness"}, "unknown reward 'kindness'"),
         ({"reward": "exact_match"}, "prompts.jsonl:1: no column 'answer', which reward 'exact_match' needs"),
         ({"prompts": "/no/such/prompts.jsonl"}, "/no/such/prompts.jsonl"),
-        ({"num_prompts": 9}, "13 prompts are needed (training and held-out), the file has 12"),
+        ({"num_prompts": 11}, "19 prompts are needed (training and held-out), the file has 18"),
         ({"mesh": "data:3"}, "3 places for 8 devices"),
         ({"num_candidates": 10**10}, "num_candidates=10000000000 of max_tokens="),
         ({"batch_size": 4}, "batch_size must be a multiple of data x fsdp = 8, got 4"),
@@ -255,7 +252,7 @@ def test_truncated_prompts_are_named_by_file_and_line(home, tmp_path, refused):
     lines = (home / "prompts.jsonl").read_text()
     (tmp_path / "cut.jsonl").write_text(lines[: len(lines) - 9])
     line = refused(settings(home, tmp_path / "run", prompts=tmp_path / "cut.jsonl"))
-    assert f"{tmp_path}/cut.jsonl:12: invalid JSON" in line
+    assert f"{tmp_path}/cut.jsonl:18: invalid JSON" in line
 
 
 @pytest.mark.parametrize(
@@ -354,11 +351,11 @@ def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_p
         data("dpo", fingerprint="0" * 16)
 
 
-def test_prompts_that_cannot_be_divided_give_the_same_candidates(home, tmp_path):
+def test_prompts_that_cannot_be_divided_give_the_same_candidates(home, tmp_path, compiled_once):
     """Four of one prompt at a time in a queue, on eight devices: each draws one of a prompt's eight candidates."""
     found, held = {}, []
     for size in (8, 1):
-        options = settings(home, tmp_path / f"{size}", batch_size=8, sample_batch=size, num_candidates=8)
+        options = settings(home, tmp_path / f"{size}", batch_size=8, sample_batch=size)
         world = align_world.prepare(AlignConfig(**options), tmp_path / f"{size}")
 
         def sampler(*arguments, whole=world.sampler):
@@ -409,24 +406,17 @@ def test_another_reference_or_tokenizer_is_another_fingerprint(home, tmp_path, c
 
 
 METHODS = {
-    "soft_best_of_n": {},
-    "best_of_n_sft": {},
-    "dpo": {},
-    "var": {},
-    "var_importance": {"microbatches": 2},
-    "sft": {"demonstrations": "told.jsonl"},
-    "adapters": {"method": "tilted_mle", "mesh": "data:8", "batch_size": 8, "mapping": "pmap", "fit_candidates": 0,
-                 "lora_rank": 2},
+    "soft_best_of_n": {"sample_batch": 8, "batch_size": 8},
+    "var_importance": {"microbatches": 2, "mesh": "data:4,tensor:2", "sample_batch": 8},
+    "adapters": {"method": "tilted_mle", "mesh": "data:8", "batch_size": 8, "sample_batch": 8, "mapping": "pmap",
+                 "fit_candidates": 0, "lora_rank": 2},
 }  # fmt: skip
+"""What runs through other code; the fits of the other methods are in `align_fit_test`, their data above."""
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_runs_to_its_end(home, tmp_path, compiled_once, name):
-    options = {"method": name, "mesh": "data:4,tensor:2", "batch_size": 4, "sample_batch": 8, "steps": 2} | METHODS[
-        name
-    ]
-    if "demonstrations" in options:
-        options["demonstrations"] = f"{home}/{options['demonstrations']}"
+def test_a_run_of_any_kind_ends_with_its_files(home, tmp_path, compiled_once, name):
+    options = {"method": name, "steps": 2} | METHODS[name]
     results = align.run(AlignConfig(**settings(home, tmp_path, **options)))
     assert np.isfinite(numbers(results)).all()
     assert all((tmp_path / artefact).stat().st_size for artefact in ("report.md", "results.json", "frontier.png"))
