@@ -132,9 +132,10 @@ def law(points: list[dict[str, Any]], *, form: str = "rl") -> dict[str, Any] | N
 
 
 @jax.jit
-def _tilt_of(proxy: Array, gold: Array, beta: Any) -> tuple[Array, Array, Array]:
-    weights = tilt(proxy, beta=beta).weights
-    return jnp.sum(weights * proxy, axis=-1), jnp.sum(weights * gold, axis=-1), tilt_kl(proxy, beta=beta)
+def _tilt_of(proxy: Array, gold: Array, beta: Any) -> tuple[Array, tuple[Array, Array, Array]]:
+    found = tilt(proxy, beta=beta)
+    means = (jnp.sum(found.weights * values, axis=-1) for values in (proxy, gold))
+    return found.ess, (*means, tilt_kl(proxy, beta=beta))
 
 
 @jax.jit
@@ -167,8 +168,9 @@ def over_optimisation(proxy: np.ndarray, gold: np.ndarray, *, beta: float) -> di
         if n <= max(1, most // 2):
             curves["soft_best_of_n"].append(curve(n, *_soft_of(x, y, jnp.int32(n), beta)))
     for strength in np.geomspace(8.0, 0.008, 25).tolist():
-        if np.mean(tilt(x, beta=strength).ess) >= min(8, most / 2):
-            curves["tilt"].append(curve(strength, *_tilt_of(x, y, strength)))
+        ess, values = _tilt_of(x, y, strength)
+        if np.mean(ess) >= min(8, most / 2):
+            curves["tilt"].append(curve(strength, *values))
     return curves | {"law": law(curves["best_of_n"], form="best_of_n")}
 
 

@@ -107,7 +107,7 @@ def test_every_step_is_padded_to_what_holds_the_batch_of_all_hosts(world_of, mon
     assert any(S > 8 >= short for (S, _), (short, _) in zip(shapes, own, strict=True)) or method != "sft"
 
 
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("method", ["dpo", "sft", "var"])  # Rows on a mesh, rows under pmap, and crossed rows.
 def test_a_fit_compiles_once_a_shape_and_ends_where_one_without_buckets_does(world_of, monkeypatch, caplog, method):
     caplog.set_level(logging.INFO, logger="experiments.align_fit")
     traced, step = [], align_fit.train_step
@@ -118,7 +118,7 @@ def test_a_fit_compiles_once_a_shape_and_ends_where_one_without_buckets_does(wor
 
     monkeypatch.setattr(align_fit, "train_step", noted)
     ends = {}
-    for most in (1, CASES[method].get("length_buckets", 4)):
+    for most in (1, 2):
         traced.clear()
         ends[most] = align_fit.tune(*world_of(method, **CASES[method] | {"length_buckets": most}))
         again = len(traced) - len(set(traced))
