@@ -128,10 +128,17 @@ class Setting:
 
 def final(key: Array, s: Setting) -> tuple[Array, Any]:
     """Soft best-of-N of finished images, N = 2, 4, ... 64, by its exact law on the pool."""
-    ref, points = jnp.full(len(s.worth), 1 / len(s.worth)), []
+
+    @jax.jit
+    def law_of(n: Array, beta: Array) -> tuple[Array, Array, Array]:
+        ref = jnp.full(len(s.worth), 1 / len(s.worth))
+        law = bandit.soft_best_of_n_law(ref, s.worth, n=n, beta=beta)
+        return law, law @ s.worth, bandit.kl(law, ref)
+
+    points = []
     for n in (2, 64) if s.config.quick else (2, 4, 8, 16, 64):
-        law = bandit.soft_best_of_n_law(ref, s.worth, n=n, beta=s.beta)
-        points.append({"n": n, "reward": float(law @ s.worth), "kl": float(bandit.kl(law, ref))})
+        law, worth, divergence = law_of(n, s.beta)
+        points.append({"n": n, "reward": float(worth), "kl": float(divergence)})
     draws = resample(key, law, num=s.config.num_chains, method="multinomial")
     return s.pool[draws], points
 
@@ -213,6 +220,19 @@ def run(config: RewardConfig, *, progress: bool = True) -> dict[str, Any]:
         return _run(config, held, progress=progress)
 
 
+@jax.jit
+def _tilts(worth: Array, kl: Array) -> dict[str, Array]:
+    """Of the tilts of a pool at these KLs, ``[G]``: beta, reward, log Z and effective sample size."""
+
+    def at(kl: Array) -> dict[str, Array]:
+        beta = beta_for_kl(worth, kl=kl)
+        found = tilt(worth, beta=beta)
+        return {"beta": beta, "reward": tilted_reward(worth, beta=beta), "kl": tilt_kl(worth, beta=beta),
+                "log_z": found.log_z, "ess": found.ess}  # fmt: skip
+
+    return jax.vmap(at)(kl)
+
+
 def _run(config: RewardConfig, held: Run, *, progress: bool) -> dict[str, Any]:
     directory, sizes = held.directory, config.resized
     began, guided = time.process_time(), config.reward.startswith("class")
@@ -234,14 +254,13 @@ def _run(config: RewardConfig, held: Run, *, progress: bool) -> dict[str, Any]:
         desc="methods",
         disable=not progress,
     )
+    grid = np.geomspace(0.02, max(5.0, 2 * max(sizes.targets)), 30)
+    tilts = {name: x.tolist() for name, x in _tilts(worth, np.array([*sizes.targets, *grid], np.float32)).items()}
     for i, kl in enumerate(sizes.targets):
-        beta = float(beta_for_kl(worth, kl=kl))
+        beta = tilts["beta"][i]
         setting = Setting(sizes, ref, reward, pool, worth, beta)
-        t = tilt(worth, beta=beta)
-        results["points"].append({
-            "method": "tilt", "beta": beta, "reward": float(tilted_reward(worth, beta=beta)), "kl": kl,
-            "log_z": float(t.log_z), "ess": float(t.ess),
-        })  # fmt: skip
+        figures = {name: tilts[name][i] for name in ("beta", "reward", "log_z", "ess")}
+        results["points"].append({"method": "tilt", **figures, "kl": kl})
         for name in sizes.names:
             if name == "control" and i:
                 continue  # It has no beta.
@@ -255,12 +274,7 @@ def _run(config: RewardConfig, held: Run, *, progress: bool) -> dict[str, Any]:
             images["control" if name == "control" else f"{name}, KL {kl:g}"] = shown
             bar.update()
     bar.close()
-    grid = np.geomspace(0.02, max(5.0, 2 * max(sizes.targets)), 30)
-    betas = jax.vmap(lambda kl: beta_for_kl(worth, kl=kl))(grid)
-    results["frontier"] = {
-        "kl": jax.vmap(lambda b: tilt_kl(worth, beta=b))(betas).tolist(),
-        "reward": jax.vmap(lambda b: tilted_reward(worth, beta=b))(betas).tolist(),
-    }
+    results["frontier"] = {name: tilts[name][len(sizes.targets) :] for name in ("kl", "reward")}
     earlier = sum(point.get("seconds", 0) for point in results["points"]) if held.resumed else 0
     results["seconds"] = time.process_time() - began + earlier
     diffusion_reward_report.write(directory, config, results, images)

@@ -79,6 +79,13 @@ def test_guidance_moves_the_mean_and_keeps_the_variance(world, chains):
     assert three.var(0).sum() > 0.9 * one.var(0).sum()
 
 
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """Configuration and results of a tiny run; its figures mean nothing."""
+    config = experiment.DigitsConfig(output=str(tmp_path_factory.mktemp("digits")), quick=True)
+    return config, experiment.run(config, progress=False)
+
+
 def test_run_leaves_its_report(digits_run):
     config, results = digits_run
     with open(f"{config.output}/results.json") as file:

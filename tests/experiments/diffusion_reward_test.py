@@ -16,6 +16,7 @@ import pytest
 from experiments import diffusion_digits, diffusion_reward_report
 from experiments import diffusion_reward as experiment
 from experiments import diffusion_stages as stages
+from experiments.run_directory import open_run
 from tiltjax.ops import schedule
 from tiltjax.samplers import denoise
 
@@ -46,16 +47,24 @@ class Gaussian:
 REF = Gaussian(mean=jnp.float32(0))
 
 
+@jax.jit
+def kernel(x, mean, before, after):
+    """Mean and width of a reverse step of `Gaussian`."""
+    return denoise.reverse_kernel(x, Gaussian(mean=mean)(x, before), before, after)
+
+
+def kernels(x, mean, steps):
+    """`kernel` of every step, the first of the chain first."""
+    a = np.asarray(jax.jit(schedule.cosine_schedule, static_argnums=0)(steps))
+    return [map(float, kernel(np.float32(x), np.float32(mean), a[k], a[k - 1])) for k in range(steps, 0, -1)]
+
+
 def reference_variance(steps):
     """Of what the chain of so many steps ends in: less than SPREAD^2."""
-    a = np.asarray(schedule.cosine_schedule(steps), np.float64)
     variance = 1.0
-    for k in range(steps, 0, -1):
-        zero, one = (np.asarray(denoise.reverse_kernel(jnp.float32(x), REF(jnp.float32(x), a[k]), a[k], a[k - 1])[0])
-                     for x in (0, 1))  # fmt: skip
-        std = np.asarray(denoise.reverse_kernel(jnp.float32(0), jnp.float32(0), a[k], a[k - 1])[1])
+    for (zero, std), (one, _) in zip(kernels(0, 0, steps), kernels(1, 0, steps), strict=True):
         variance = (one - zero) ** 2 * variance + std**2
-    return float(variance)
+    return variance
 
 
 def pixel(x):
@@ -94,11 +103,9 @@ def test_chains_of_another_mean_have_their_path_kl(key):
     image, kl, path = stages.chains(key, Gaussian(mean=jnp.float32(shift)), REF, n=500, steps=steps)
     assert path.shape == (steps, 500, 1, 1, 1)
     # In steps the two kernels differ by a constant; and the images' KL is no larger.
-    a, expected = np.asarray(schedule.cosine_schedule(steps), np.float64), 0.0
-    for k in range(steps, 1, -1):
-        x = jnp.float32(0.3)
-        one, ref = (denoise.reverse_kernel(x, m(x, a[k]), a[k], a[k - 1]) for m in (Gaussian(mean=shift), REF))
-        expected += float((one[0] - ref[0]) ** 2 / (2 * one[1] ** 2))
+    expected = 0.0
+    for (one, std), (ref, _) in list(zip(kernels(0.3, shift, steps), kernels(0.3, 0, steps), strict=True))[:-1]:
+        expected += (one - ref) ** 2 / (2 * std**2)
     np.testing.assert_allclose(kl, expected, rtol=1e-3)
     assert float(pixel(image).mean()) ** 2 / (2 * reference_variance(steps)) < expected + 0.02
 
@@ -246,28 +253,38 @@ def test_a_damaged_stage_is_named(tmp_path):
         experiment.load_stage(path)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A denoiser of digits that was trained to its end, for a few steps."""
+    config = diffusion_digits.DigitsConfig(output=str(tmp_path_factory.mktemp("digits")), quick=True)
+    with open_run(config, resume=True) as held:
+        held.begin()
+        _, model, _ = diffusion_digits.prepare(config, guided=False, progress=False)
+    return config, model
+
+
 @pytest.mark.robustness(
     "Runs",
     given="diffusion_reward --denoiser of a finished run",
     outcome="only read: nothing is written outside --output",
 )
-def test_a_given_denoiser_is_only_read(digits_run):
-    config, _ = digits_run
+def test_a_given_denoiser_is_only_read(trained):
+    config, finished = trained
     before = {path: path.stat().st_mtime_ns for path in pathlib.Path(config.output).rglob("*")}
     images, model, guide = diffusion_digits.load(config.output, guided=False)
     assert {path: path.stat().st_mtime_ns for path in pathlib.Path(config.output).rglob("*")} == before
     assert guide is None
-    chex.assert_trees_all_equal(model, diffusion_digits.prepare(config, guided=False, progress=False)[1])
+    chex.assert_trees_all_equal(model, finished)
 
 
 @pytest.mark.robustness(
     "Runs", given="diffusion_reward --denoiser that is no finished run", outcome="one line, and nothing is written"
 )
-def test_a_denoiser_that_is_not_there_leaves_nothing(tmp_path, digits_run):
+def test_a_denoiser_that_is_not_there_leaves_nothing(tmp_path, trained):
     config = experiment.RewardConfig(output=str(tmp_path / "run"), denoiser=str(tmp_path / "none"), quick=True)
     with pytest.raises(ValueError, match=r"config.json: not there; a denoiser is the --output of"):
         experiment.run(config, progress=False)
-    shutil.copytree(digits_run[0].output, tmp_path / "none")
+    shutil.copytree(trained[0].output, tmp_path / "none")
     shutil.rmtree(tmp_path / "none" / "checkpoints")
     with pytest.raises(ValueError, match=r"checkpoints: training ended at step None, not at 4; finish it first"):
         experiment.run(config, progress=False)

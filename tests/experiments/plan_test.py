@@ -119,13 +119,15 @@ def test_operations_are_those_xla_counts_on_an_unrolled_model():
 
 @pytest.fixture(scope="module")
 def sharded():
-    """A job on all eight devices whose layers, vocabulary and batch are walked in loops, and its result."""
+    """A job on all eight devices whose layers, vocabulary and batch are walked in loops: result, step and program."""
     job = Job(LLAMA, Shape(16, 2, 12, 9), "data:2,fsdp:4", microbatches=2, method="dpo")
-    return job, plan_compile.run(job)
+    step = plan_compile.prepare(job)
+    compiled = step.function.lower(step.state, step.batch, step.key, step.frozen).compile()
+    return job, plan_compile.analyse(job, step, compiled), step, compiled
 
 
 def test_operations_of_a_sharded_step_in_loops(sharded):
-    job, result = sharded
+    job, result, *_ = sharded
     flops = result["flops"]
     assert flops["analytic"] * 8 == step_flops(job.model, job.shape, devices=8).executed
     np.testing.assert_allclose(flops["counted"], flops["analytic"], rtol=0.02)
@@ -135,7 +137,7 @@ def test_operations_of_a_sharded_step_in_loops(sharded):
     assert not result["opaque"]
 
 
-@pytest.mark.parametrize(("mesh", "twice"), [("data:8", False), ("data:2,fsdp:4", True), ("data:4,tensor:2", False)])
+@pytest.mark.parametrize(("mesh", "twice"), [("data:2,fsdp:4", True), ("data:4,tensor:2", False)])
 def test_a_vocabulary_of_one_chunk_is_multiplied_twice_only_where_each_pass_gathers_it(mesh, twice):
     job = Job(dataclasses.replace(LLAMA, vocab_size=512, compute_dtype="bfloat16"), Shape(16, 2, 12, 9), mesh)
     flops = plan_compile.run(job)["flops"]
@@ -146,7 +148,7 @@ def test_a_vocabulary_of_one_chunk_is_multiplied_twice_only_where_each_pass_gath
 
 
 def test_memory_is_what_the_state_takes_on_a_device(sharded):
-    step, result = plan_compile.prepare(sharded[0]), sharded[1]
+    _, result, step, _ = sharded
     state = shard(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), step.state), step.mesh)
     device = jax.devices()[0]
     held = lambda tree: sum(
@@ -228,11 +230,10 @@ def test_parameters_that_are_kept_a_second_time_are_no_activations():
     assert all(one.nbytes == 5 * 64 * 96 * np.dtype(one.dtype).itemsize for one in kernels)  # Gathered over fsdp.
 
 
-def test_the_memory_of_a_plan_is_that_of_a_step_that_runs():
-    """Planned in another process, which optimises no machine code; run here as training runs it."""
-    job = Job(dataclasses.replace(LLAMA, vocab_size=512), Shape(16, 2, 32, 33), "data:2,fsdp:4")
-    planned = plan.compile_elsewhere(dataclasses.asdict(job))["memory"]
-    step = plan_compile.prepare(job)
+def test_the_memory_of_a_plan_is_that_of_a_step_that_runs(sharded):
+    """Run as training runs it."""
+    _, result, step, compiled = sharded
+    planned = result["memory"]
     key = jax.device_put(jax.random.key(0), NamedSharding(step.mesh, P()))
 
     def held():
@@ -246,12 +247,11 @@ def test_the_memory_of_a_plan_is_that_of_a_step_that_runs():
     assert held() - before == planned["parameters"] + planned["optimizer"] + 4 == planned["donated"]
     batch = jax.device_put(jax.tree.map(lambda a: np.ones(a.shape, a.dtype), step.batch), batch_sharding(step.mesh))
     assert held() - before == planned["arguments"]
-    compiled = step.function.lower(step.state, step.batch, step.key, step.frozen).compile()
     state, metrics = compiled(state, batch, key, None)
     jax.block_until_ready(state)
     # The old state has made room for the new one; a few scalars are new.
     assert held() - before == planned["arguments"] + sum(x.nbytes for x in metrics.values())
-    np.testing.assert_allclose(planned["temporaries"], compiled.memory_analysis().temp_size_in_bytes, rtol=0.1)
+    assert planned["temporaries"] == compiled.memory_analysis().temp_size_in_bytes
     assert np.isfinite(metrics["loss"])
     del state, batch
 
