@@ -17,7 +17,8 @@ import numpy as np
 from scipy import optimize, special
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
-from tiltjax.exact import bandit, tree
+from experiments.theory.compiled import bandit
+from tiltjax.exact import tree
 from tiltjax.losses.game import spin_loss
 from tiltjax.losses.mle import sft_loss
 from tiltjax.losses.preference import local_reward_loss
@@ -37,7 +38,7 @@ def claims(fast: bool) -> Sequence[Claim]:
     return [*_lemmas(), *_likelihood(), *_existence(fast), *_self_play(), *_simple(fast)]
 
 
-_tilted, _total_variation = jax.jit(bandit.tilted), jax.jit(bandit.total_variation)
+_tilted, _total_variation = bandit.tilted, bandit.total_variation
 _sequence_logp, _expected_wins = jax.jit(tree.sequence_logp), jax.jit(tree.expected_wins)
 
 
@@ -331,16 +332,17 @@ def _simple(fast: bool) -> list[Claim]:
     design = np.column_stack([features, np.ones(K)])
     within = np.linalg.lstsq(design, simple, rcond=None)[0]
 
+    @jax.jit
     def projected(params):
         """The memoryless policy nearest to the optimum of a linear reward, and its likelihood."""
         logp = _nearest(tree.log_linear(params, uniform, features))
-        return float(likelihood(logp)), jnp.exp(logp)
+        return likelihood(logp), jnp.exp(logp)
 
     tolerance = 1e-3 if fast else 1e-5
-    search = optimize.minimize(lambda x: projected(jnp.asarray(x))[0], np.asarray(reward), method="Nelder-Mead",
+    search = optimize.minimize(lambda x: float(projected(x)[0]), np.asarray(reward), method="Nelder-Mead",
                                options={"xatol": tolerance, "fatol": tolerance**2})  # fmt: skip
-    rlhf, likeliest = projected(reward), projected(jnp.asarray(search.x))
-    gap, apart = rlhf[0] - likeliest[0], float(_total_variation(rlhf[1], likeliest[1]))
+    rlhf, likeliest = projected(reward), projected(search.x)
+    gap, apart = float(rlhf[0] - likeliest[0]), float(_total_variation(rlhf[1], likeliest[1]))
     return [
         at_most("Theorem 3.1: RLHF on a simple reward is maximum likelihood over the policies that are optimal for one",
                 "largest |pi_rlhf - pi_sim|, rewards of two features, all policies",

@@ -17,9 +17,9 @@ import numpy as np
 from scipy.special import expit
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
+from experiments.theory.compiled import bandit
 from experiments.theory.soft_best_of_n import REF, REWARD
 from experiments.theory.tabular import minimiser, ordered_pairs
-from tiltjax.exact import bandit
 from tiltjax.losses.preference import chi_po_loss, dpo_loss
 from tiltjax.tilt.f_divergence import divergence_link, f_divergence, f_divergence_tilt
 from tiltjax.tilt.pessimism import pessimistic_weights

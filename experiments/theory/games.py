@@ -17,8 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
+from experiments.theory.compiled import bandit
 from experiments.theory.tabular import minimiser, ordered_pairs
-from tiltjax.exact import bandit, game
+from tiltjax.exact import game
 from tiltjax.losses.game import dno_loss, inpo_loss, magnetic_kl_loss
 from tiltjax.losses.regression import sppo_loss
 
@@ -39,7 +40,7 @@ GAMES = (1 + np.tanh(_NOISE - np.swapaxes(_NOISE, -1, -2))) / 2
 
 REFS, POLICIES = _RNG.dirichlet(3 * np.ones(5), size=(2, 8))
 
-_exploitability, _kl = jax.jit(game.exploitability), jax.jit(bandit.kl)
+_exploitability, _kl = jax.jit(game.exploitability), bandit.kl
 
 BETA, ETA, STEP = 0.2, 0.5, 0.7
 """Strengths of the single steps: KL to the reference, inverse step size, step size of magnetic mirror descent."""

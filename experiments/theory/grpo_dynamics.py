@@ -18,8 +18,9 @@ import numpy as np
 from scipy.special import expit, logit, softmax
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
+from experiments.theory.compiled import bandit
 from tiltjax.advantages import greedy_baseline, group_normalised, leave_one_out
-from tiltjax.exact import bandit, grpo
+from tiltjax.exact import grpo
 
 __all__ = ["FAMILY", "claims"]
 

@@ -16,9 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
+from experiments.theory.compiled import bandit
 from experiments.theory.soft_best_of_n import REF, REWARD
 from tiltjax.advantages import reward_to_go, token_reward
-from tiltjax.exact import bandit, tree
+from tiltjax.exact import tree
 from tiltjax.losses.penalties import full_vocabulary_kl, kl_k1, kl_k2, kl_k3, kl_k3_corrected
 from tiltjax.losses.policy_gradient import reinforce_loss
 from tiltjax.tilt.f_divergence import f_divergence_tilt

@@ -17,7 +17,8 @@ import numpy as np
 from scipy.optimize import linprog
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
-from tiltjax.exact import bandit, game, kuhn
+from experiments.theory.compiled import bandit
+from tiltjax.exact import game, kuhn
 
 __all__ = ["FAMILY", "claims"]
 

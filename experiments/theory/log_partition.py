@@ -17,9 +17,9 @@ import numpy as np
 from scipy import special, stats
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
+from experiments.theory.compiled import bandit
 from experiments.theory.soft_best_of_n import REF, REWARD
 from experiments.theory.tabular import multisets
-from tiltjax.exact import bandit
 from tiltjax.losses.mle import var_weights
 from tiltjax.tilt.partition import (
     delta_log_partition,

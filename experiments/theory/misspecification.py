@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
-from tiltjax.exact import bandit, tree
+from experiments.theory.compiled import bandit
+from tiltjax.exact import tree
 from tiltjax.losses.preference import dpo_loss
 from tiltjax.losses.reward_model import bradley_terry_loss
 
@@ -33,9 +34,12 @@ SECOND = np.linspace(-2.0, 3.0, 26)
 WORLDS = 400
 """Random worlds of three completions, each with its reward, feature, reference and beta."""
 
-SPARSE, DRAWS, OTHER_N = 3, 8, 6400
-SWEEP_N, SWEEP_D = (1600, 3200, 6400, 12800), (100, 200, 400)
-"""Non-zero entries of the reward and data sets drawn; pairs at d = 100; dimensions at ``OTHER_N`` pairs."""
+SPARSE, DRAWS = 3, 8
+"""Non-zero entries of the reward, and data sets drawn."""
+
+SWEEP_N, SWEEP_D, OTHER_N = (1600, 3200, 6400, 12800), (100, 200, 400), 6400
+FAST_N, FAST_D, FAST_OTHER_N = (1600, 3200, 6400), (100, 400), 3200
+"""Pairs at d = 100; dimensions, and pairs at them."""
 
 
 def claims(fast: bool) -> Sequence[Claim]:
@@ -209,9 +213,14 @@ def _problem(n: int, d: int) -> tuple[np.ndarray, ...]:
     return tuple(a.astype(np.float32) for a in (x * turn[..., None], signs * turn, sparse, dense))
 
 
-@functools.lru_cache
+_FITTED: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+"""What `_errors_at` has found: the figure shows it."""
+
+
 def _errors_at(n: int, d: int, *, steps: int = 80) -> dict[str, np.ndarray]:
     """Squared errors of `FITS` in every data set, ``[DRAWS]`` each, by accelerated proximal gradient descent."""
+    if (n, d) in _FITTED:
+        return _FITTED[n, d]
     x, signs, sparse, dense = _problem(n, d)
     penalty = np.float32(0.3 * math.sqrt(math.log(d) / n)) * np.array([[1], [0], [1]], np.float32)
     # The reward's fit knows all that the second token adds; the policy has the dense part in its own parameters.
@@ -238,7 +247,8 @@ def _errors_at(n: int, d: int, *, steps: int = 80) -> dict[str, np.ndarray]:
         return jax.lax.fori_loop(0, steps, step, (start, start))[0]
 
     found = np.square(np.asarray(fit(x, known)) - target).sum(-1).astype(float)
-    return dict(zip(FITS, found.T, strict=True))
+    _FITTED[n, d] = dict(zip(FITS, found.T, strict=True))
+    return _FITTED[n, d]
 
 
 def _information_bound(n: int, d: int) -> float:
@@ -266,21 +276,21 @@ def _combined(errors: Sequence[dict[str, np.ndarray]], name: str, weights: np.nd
 
 
 def _sparse(fast: bool) -> list[Claim]:
-    dims = SWEEP_D[::2] if fast else SWEEP_D
-    by_n = [_errors_at(n, 100) for n in SWEEP_N]
-    by_d = [_errors_at(OTHER_N, d) for d in dims]
-    n = SWEEP_N[-1]
+    sizes, dims, other_n = (FAST_N, FAST_D, FAST_OTHER_N) if fast else (SWEEP_N, SWEEP_D, OTHER_N)
+    by_n = [_errors_at(n, 100) for n in sizes]
+    by_d = [_errors_at(other_n, d) for d in dims]
+    n = sizes[-1]
     dense, bound = by_n[-1]["policy"], _information_bound(n, 100)
     slope, growth = {}, {}
     for name in ("reward", "policy"):
-        log_n = np.log(SWEEP_N) - np.mean(np.log(SWEEP_N))
+        log_n = np.log(sizes) - np.mean(np.log(sizes))
         weights = log_n / (log_n @ log_n)
         slope[name] = _combined(by_n, name, weights)
         growth[name] = tuple(np.exp(_combined([by_d[0], by_d[-1]], name, np.array([-1.0, 1.0])) * np.array([1, 4])))
     ratio = [at["policy"].mean() / at["reward"].mean() for at in by_d]
     printed = np.sqrt(SPARSE * np.log(100) / n) / (100 / n)
     by_l1 = by_n[-1]["policy, l1"].mean() / dense.mean()
-    at_dims = f"d = {dims[0]} to {dims[-1]}, n = {OTHER_N}"
+    at_dims = f"d = {dims[0]} to {dims[-1]}, n = {other_n}"
     return [
         holds("The printed rates, sqrt(k log d / n) for the reward and d / n for the policy, separate the two",
               f"sqrt(k log d / n) / (d / n), d = 100, k = 3, n = {n}", printed,
@@ -350,8 +360,8 @@ def draw_values():
 def draw_sparse():
     """Squared errors against pairs."""
     figure, ax = plt.subplots(figsize=(5.6, 4.1))
-    sizes = np.array(SWEEP_N)
-    found = [_errors_at(n, 100) for n in SWEEP_N]
+    sizes = np.array([n for n in SWEEP_N if (n, 100) in _FITTED])
+    found = [_FITTED[n, 100] for n in sizes.tolist()]
     labels = {
         "policy, l1": "policy (DPO), l1 penalty",
         "policy": "policy (DPO), maximum likelihood",
@@ -365,7 +375,7 @@ def draw_sparse():
     at = found[-1]["reward"].mean() * sizes[-1] / (SPARSE * np.log(100))
     label = rf"{at:.0f} $\cdot$ k log d / n"
     ax.loglog(sizes, at * SPARSE * np.log(100) / sizes, "--", lw=1, color=PALETTE[0], label=label)
-    ax.set_xticks(SWEEP_N, [f"{n:,}" for n in SWEEP_N])
+    ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
     ax.xaxis.set_minor_locator(plt.NullLocator())
     ax.set_xlabel("labelled pairs n")
     ax.set_ylabel("squared error of the parameters")

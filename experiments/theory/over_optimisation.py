@@ -17,7 +17,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
-from tiltjax.exact import bandit
+from experiments.theory.compiled import bandit
 from tiltjax.samplers.pessimism import inference_time_pessimism
 from tiltjax.tilt.overoptimisation import best_of_n_curve, fit_overoptimisation, rl_curve
 from tiltjax.tilt.pessimism import pessimistic_weights

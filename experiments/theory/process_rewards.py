@@ -17,7 +17,8 @@ import numpy as np
 from scipy import special
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
-from tiltjax.exact import bandit, tree
+from experiments.theory.compiled import bandit
+from tiltjax.exact import tree
 from tiltjax.losses.process import (
     aggregate_steps,
     implicit_prm_ce_loss,

@@ -18,7 +18,8 @@ import numpy as np
 from scipy import optimize
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
-from tiltjax.exact import bandit, tree
+from experiments.theory.compiled import bandit
+from tiltjax.exact import tree
 from tiltjax.losses.policy_gradient import reinforce_loss
 from tiltjax.rewards.internal import self_certainty, sequence_entropy_reward
 
@@ -98,7 +99,7 @@ def _rlif(beta: float) -> np.ndarray:
     return np.asarray(_rlif_of(_world()[1], beta))
 
 
-_distance, _kl = jax.jit(bandit.total_variation), jax.jit(bandit.kl)
+_distance, _kl = bandit.total_variation, bandit.kl
 
 
 def _tv(p, q) -> float:

@@ -18,8 +18,8 @@ import numpy as np
 from scipy import special, stats
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
+from experiments.theory.compiled import bandit
 from experiments.theory.tabular import multisets
-from tiltjax.exact import bandit
 from tiltjax.ops.order import pass_at_k, pass_at_k_bound
 from tiltjax.rewards.internal import empo_reward, majority_vote, ttrl_reward
 

@@ -17,9 +17,9 @@ import numpy as np
 from scipy import stats
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
+from experiments.theory.compiled import bandit
 from experiments.theory.soft_best_of_n import REF, REWARD
 from experiments.theory.tabular import minimiser, multisets
-from tiltjax.exact import bandit
 from tiltjax.losses.mle import (
     best_of_n_sft_loss,
     reward_weighted_regression_loss,

@@ -7,7 +7,8 @@ import pytest
 from scipy import special
 
 from experiments.theory import f_divergence, games, log_partition, search, soft_best_of_n, voting, weighted_mle
-from tiltjax.exact import bandit, tree
+from experiments.theory.compiled import bandit
+from tiltjax.exact import tree
 
 
 @pytest.fixture(autouse=True)
