@@ -5,13 +5,10 @@ import mmap
 import os
 import pathlib
 
-__all__ = ["xla_flags"]
+__all__ = ["quick_flags", "xla_flags"]
 
-FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-)
+DEVICES = "--xla_force_host_platform_device_count=8"
+QUICK = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
 """Compiling is what tests spend their time on: little optimisation, the same semantics."""
 
 EMITTERS = "xla_cpu_use_fusion_emitters"
@@ -20,8 +17,13 @@ EMITTERS = "xla_cpu_use_fusion_emitters"
 
 def xla_flags() -> str:
     """``XLA_FLAGS`` of the tests, behind those that are set."""
-    quick = [f"--{EMITTERS}=false"] if _known(EMITTERS) else []
-    return " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS, *quick])
+    return f"{quick_flags()} {DEVICES}"
+
+
+def quick_flags() -> str:
+    """The same on the devices that there are."""
+    emitters = [f"--{EMITTERS}=false"] if _known(EMITTERS) else []
+    return " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK, *emitters])
 
 
 def _known(flag: str) -> bool:

@@ -6,6 +6,7 @@ Tests use tiny policies in float32 and 8 fake devices. These jobs use what a pro
 the real policy, bfloat16 operands, low-rank adapters, one device. Each takes two steps of a record and must end with
 finite numbers. Jobs are listed in `JOBS`; every source of candidates and every family of records is there, which
 `tests/smoke_test.py` checks. Programs are compiled with little optimisation, as in tests: it is the same semantics.
+Compiled programs are shared between the jobs of a run, and never with another run.
 `command` runs all 30 layers; the other jobs run the first `LAYERS` of them, with `--all_layers` all: each
 layer is unrolled in decoding and compiled anew for every record.
 """
@@ -28,12 +29,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from tests.compiler import quick_flags
+
 __all__ = ["JOBS", "METHODS", "main"]
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-"""For programs that run for a second and are compiled for ten."""
 
 LAYERS = 2
 """Layers of SmolLM2-135M in the jobs that run a part of it."""
@@ -196,11 +198,16 @@ def online(folder: pathlib.Path) -> None:
     check_finite(online.run(config))
 
 
-def diffusion(folder: pathlib.Path) -> None:
-    """The three diffusion experiments, each with all of its stages."""
-    for name, *more in (("guidance",), ("digits",), ("reward", f"--denoiser={folder / 'digits'}")):
-        command(folder, name, f"experiments.diffusion_{name}", "--quick", *more)
-        check_finite(json.loads((folder / name / "results.json").read_text()))
+def diffusion(folder: pathlib.Path, name: str, *flags: str) -> None:
+    """A diffusion experiment with all of its stages."""
+    command(folder, name, f"experiments.diffusion_{name}", "--quick", *flags)
+    check_finite(json.loads((folder / name / "results.json").read_text()))
+
+
+def digits(folder: pathlib.Path) -> None:
+    """A denoiser, and the experiment that tunes it."""
+    diffusion(folder, "digits")
+    diffusion(folder, "reward", f"--denoiser={folder / 'digits'}")
 
 
 def command(folder: pathlib.Path, name: str, module: str, *flags: str) -> None:
@@ -244,16 +251,17 @@ def _plan(folder: pathlib.Path) -> None:
 
 
 def _readme(folder: pathlib.Path) -> None:
-    """The command of README, cut down."""
-    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    """The command of README, cut down; all that it draws has one shape, which is compiled once."""
+    sizes = [f"--{name}={value}" for name, value in (SIZES | {"batch_size": 4, "sample_batch": 4}).items()]
     command(folder, "command", "experiments.align", "--method=rloo", *sizes)
 
 
 JOBS: dict[str, Callable[[pathlib.Path], None]] = {
+    "command": _readme,
+    "guidance": lambda folder: diffusion(folder, "guidance"),
+    "digits": digits,
     "online": online,
     "learned_reward": learned_reward,
-    "diffusion": diffusion,
-    "command": _readme,
     "align": lambda folder: align(folder, "align", method="tilted_mle"),
     "float32": lambda folder: align(folder, "float32", method="rloo", compute_dtype="float32", mask_truncated=True),
     "all_parameters": lambda folder: record(folder, "all_parameters", method="rloo", lora_rank=0),
@@ -265,17 +273,22 @@ JOBS: dict[str, Callable[[pathlib.Path], None]] = {
 """Name -> what to run in a folder of the worker's own; long jobs first."""
 
 
-def _run(name: str, folder: str) -> tuple[str, float, str]:
+def _seconds() -> np.ndarray:
+    """Of the clock, and of the processors that this process and its children have used."""
+    return np.array([time.monotonic(), sum(os.times()[:4])])
+
+
+def _run(name: str, folder: str) -> tuple[str, np.ndarray, str]:
     """``(name, seconds, traceback or "")`` of a job, in a worker."""
-    start, printed = time.monotonic(), io.StringIO()
+    start, printed = _seconds(), io.StringIO()
     place = pathlib.Path(folder) / str(os.getpid())
     place.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             JOBS[name](place)
     except BaseException:
-        return name, time.monotonic() - start, f"{printed.getvalue()[-2000:]}\n{traceback.format_exc()}"
-    return name, time.monotonic() - start, ""
+        return name, _seconds() - start, f"{printed.getvalue()[-2000:]}\n{traceback.format_exc()}"
+    return name, _seconds() - start, ""
 
 
 def _start_worker() -> None:
@@ -295,10 +308,14 @@ def main() -> int:
     names = options.only.split(",") if options.only else list(JOBS)
     if unknown := sorted(set(names) - set(JOBS)):
         parser.error(f"unknown job {', '.join(unknown)}; there are {', '.join(JOBS)}")
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+    os.environ["XLA_FLAGS"] = quick_flags()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     folder = tempfile.mkdtemp(prefix="tiltjax-smoke-")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
     failed, start = [], time.monotonic()
     if not options.all_layers:
         cut_policy(pathlib.Path(folder) / "policy", LAYERS)
@@ -306,7 +323,10 @@ def main() -> int:
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=_start_worker) as pool:
         for done in concurrent.futures.as_completed([pool.submit(_run, name, folder) for name in names]):
             name, seconds, reason = done.result()
-            print(f"{'FAILED' if reason else 'ok':6} {name:20} {seconds:6.1f} s", flush=True)
+            print(
+                "{:6} {:20} {:6.1f} s, {:6.1f} s of CPU".format("FAILED" if reason else "ok", name, *seconds),
+                flush=True,
+            )
             if reason:
                 print(reason, flush=True)
                 failed.append(name)
