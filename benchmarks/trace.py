@@ -140,17 +140,23 @@ def _phase(functions: set[str], scope: str) -> str:
     return "update" if "train_step" in functions and "jvp(" not in scope else "forward"
 
 
-def _told_by(one: Instruction, inside: Computation, computations: dict[str, Computation]) -> Iterator[str]:
+def _told_by(
+    one: Instruction, inside: Computation, computations: dict[str, Computation], asked: set[int] | None = None
+) -> Iterator[str]:
     """What has a stack frame: the instruction, or what it has fused, the last first, or what it is made of."""
+    asked = set() if asked is None else asked  # Where nothing has one, every path through the program leads here.
+    if id(one) in asked:
+        return
+    asked.add(id(one))
     if "stack_frame_id=" in one.attributes:
         yield one.attributes
     if one.opcode == "fusion":
         body = computations[one.called("calls")]
         for part in reversed([part for part in body.values() if part.opcode != "parameter"]):
-            yield from _told_by(part, body, computations)
+            yield from _told_by(part, body, computations, asked)
     for operand in one.operands:
         if inside[operand].opcode != "parameter":
-            yield from _told_by(inside[operand], inside, computations)
+            yield from _told_by(inside[operand], inside, computations, asked)
 
 
 def _telling(chain: list[tuple[str, str, int]]) -> tuple[str, str, int]:

@@ -235,6 +235,15 @@ def test_sums_say_who_worked_alone():
     assert found == {"f": trace.Sum(4.0, 3.0, 12.0, 2), "g": trace.Sum(2.0, 1.0, 0.0, 1)}
 
 
+def test_a_program_that_does_not_say_where_it_comes_from_is_read_once():
+    """Of 60 sums of a sum with itself there are 2^60 paths to the parameter."""
+    sums = [f"  %add.{i} = f32[] add(%add.{i - 1}, %add.{i - 1})" for i in range(1, 60)]
+    body = "\n".join(["  %x = f32[] parameter(0)", "  %add.0 = f32[] add(%x, %x)", *sums])
+    found = trace.places("m", f"HloModule m\n\nENTRY %main (x: f32[]) -> f32[] {{\n{body}\n}}\n")
+    assert len(found) == 61
+    assert {(place.phase, place.line) for place in found.values()} == {("unknown", "")}
+
+
 @pytest.mark.parametrize(
     ("case", "phases"), [("best_of_64_long", {"prompt", "step"}), ("dpo_64_64_in_step", {"forward", "gradient"})]
 )
