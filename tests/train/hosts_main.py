@@ -53,14 +53,14 @@ def improved(config):
 
 
 def rewarded(config):
-    """Where reward models with a head and without one lie that learned from the policy's own completions."""
+    """Where a reward model lies that learned from comparisons of the policy's own completions."""
     directory = pathlib.Path(f"{config.output}-rewards")
     names = ("policy", "prompts", "num_candidates", "num_prompts", "num_eval_prompts", "max_tokens", "batch_size",
              "sample_batch", "learning_rate", "compute_dtype", "mesh")  # fmt: skip
     shared = {name: getattr(config, name) for name in names}
     reward_model.run(
         RewardConfig(
-            kind="global,dpo", gold=config.reward, scale=2.0, steps=2, lora_rank=2, output=str(directory), **shared
+            kind="global", gold=config.reward, scale=2.0, steps=2, lora_rank=2, output=str(directory), **shared
         )
     )
     return directory
