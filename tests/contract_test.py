@@ -681,15 +681,6 @@ def test_is_the_float64_formula(case):
 
 
 @every_case
-def test_float64_stays_float64(case):
-    inputs = widen(case, case.draw())
-    with jax.enable_x64(True):
-        value = case(inputs)
-        assert value.dtype == jnp.float64
-        np.testing.assert_allclose(value, case.formula(**inputs), rtol=1e-6, atol=1e-12)
-
-
-@every_case
 def test_masked_is_sliced(case):
     inputs = case.draw()
     where = inputs["where"]
@@ -767,12 +758,18 @@ def test_permuting_the_batch_permutes_the_loss(case):
 
 
 @every_case
-def test_vmap_is_batch(case):
+def test_vmap_is_batch_and_float64_stays_float64(case):
     inputs = case.draw(lead=(3,))
-    batch = case(inputs)
-    np.testing.assert_allclose(batch, jax.jit(jax.vmap(case))(inputs), rtol=1e-6)
-    one = case({name: x[1] for name, x in inputs.items()})
-    np.testing.assert_allclose(batch[1], one, rtol=1e-6)
+    where = np.array(inputs["where"])
+    where[1] = True
+    inputs = {**widen(case, inputs), "where": where}
+    lone = {name: x[1] for name, x in unmasked(inputs).items()}
+    with jax.enable_x64(True):
+        batch, mapped = jax.jit(lambda inputs: (case(inputs), jax.vmap(case)(inputs)))(inputs)
+        assert batch.dtype == mapped.dtype == jax.eval_shape(case, lone).dtype == jnp.float64
+        batch, mapped = np.asarray(batch), np.asarray(mapped)
+    np.testing.assert_allclose(mapped, batch, rtol=1e-6)
+    np.testing.assert_allclose(batch[1], case.formula(**lone), rtol=1e-6, atol=1e-12)
 
 
 @every_case
@@ -782,13 +779,14 @@ def test_prompts_over_eight_devices(case):
     expected = np.asarray(case(inputs))  # Eager.
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows = PartitionSpec("data")
-    put = {name: jax.device_put(x, NamedSharding(mesh, rows)) for name, x in inputs.items()}
-    np.testing.assert_allclose(jax.jit(case)(put), expected, rtol=1e-6)
+    put = jax.device_put(inputs, NamedSharding(mesh, rows))
     if case.split == "prompts":  # The default columns must be the ones that were given.
         extra = {"axis_name": "data"}
         inputs.pop("matched", None)
     run = functools.partial(case, **extra)
-    mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows))(inputs)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows)
+    split, mapped = jax.jit(lambda put: (case(put), sharded({name: put[name] for name in inputs})))(put)
+    np.testing.assert_allclose(split, expected, rtol=1e-6)
     np.testing.assert_allclose(mapped, expected, rtol=1e-6)
     if case.split == "prompts":  # Where nothing is sent, it is the same once more.
         pmapped = jax.pmap(run, axis_name="data")({name: x[:, None] for name, x in inputs.items()})
@@ -813,7 +811,6 @@ def test_candidates_over_eight_devices(case):
         grad, value = jax.grad(total, has_aux=True)(scale, inputs, "n")
         return jax.lax.pmean(grad, "n"), value
 
-    grad, _ = jax.jit(jax.grad(total, has_aux=True))(jnp.float32(1), inputs)
     split, whole = PartitionSpec(None, "n"), PartitionSpec()
     axes = {**case.arrays, "where": "BN"}
     specs = {name: split if axes[name] in ("BN", "BM") else whole for name in inputs}
@@ -821,7 +818,12 @@ def test_candidates_over_eight_devices(case):
     mapped = jax.shard_map(
         step, mesh=mesh, in_specs=(whole, specs), out_specs=(whole, split if case.per_candidate else whole)
     )
-    mapped_grad, mapped_value = jax.jit(mapped)(jnp.float32(1), inputs)
+
+    @jax.jit
+    def both(scale, inputs):
+        return jax.grad(total, has_aux=True)(scale, inputs)[0], *mapped(scale, inputs)
+
+    grad, mapped_grad, mapped_value = both(np.float32(1), inputs)
     np.testing.assert_allclose(mapped_value, expected, rtol=1e-5)
     np.testing.assert_allclose(mapped_grad, grad, rtol=1e-5)
 
@@ -829,7 +831,7 @@ def test_candidates_over_eight_devices(case):
         name: np.moveaxis(x.reshape(B, 8, -1), 1, 0) if axes[name] in ("BN", "BM") else np.broadcast_to(x, (8, B))
         for name, x in inputs.items()
     }
-    pmapped_grad, pmapped_value = jax.pmap(step, axis_name="n", in_axes=(None, 0))(jnp.float32(1), shards)
+    pmapped_grad, pmapped_value = jax.pmap(step, axis_name="n", in_axes=(None, 0))(np.float32(1), shards)
     if case.per_candidate:
         pmapped_value = np.moveaxis(np.asarray(pmapped_value), 0, 1).reshape(B, case.size)
         np.testing.assert_allclose(pmapped_value, expected, rtol=1e-5)
@@ -963,15 +965,18 @@ def test_columns_are_refused(case):
     beta = case.options.get("beta")
     if beta is None:
         return
-    for shape in ((B, 1), (B,)):
-        per_prompt = dataclasses.replace(case, options={**case.options, "beta": np.full(shape, beta, np.float32)})
+
+    def per_prompt(beta, inputs):
+        return dataclasses.replace(case, options={**case.options, "beta": beta})(inputs)
+
+    for shape, call in (((B, 1), per_prompt), ((B,), jax.jit(per_prompt))):
         try:
-            value = per_prompt(inputs)
+            value = call(np.full(shape, beta, np.float32), inputs)
         except ValueError as error:
             assert re.search("beta must be a number", str(error))  # noqa: PT017
         else:
             assert shape == (B,)
-            np.testing.assert_allclose(value, case(inputs), rtol=1e-5)
+            np.testing.assert_allclose(value, case.formula(**widen(case, inputs)), rtol=1e-4, atol=1e-6)
 
 
 @named(lambda case: LABELS & set(case.arrays) and case.name != "outcome")
@@ -1012,13 +1017,14 @@ def test_shares_lie_between_0_and_1(case):
     outcome="value and gradient of the limit, in every loss on pairs",
 )
 def test_an_impossible_rejected_completion_is_the_limit(case):
-    inputs = unmasked(case.draw())
-    logp = np.array(inputs["logp"])
+    inputs = case.draw()
+    inputs["where"] = np.ones_like(inputs["where"])
     results = []
     for rejected in (-np.inf, -1e6):
-        logp[:, 1] = rejected
-        value, grads = value_and_grads(case, {**inputs, "logp": logp})
+        inputs["logp"] = np.stack([inputs["logp"][:, 0], np.full(B, rejected, np.float32)], axis=1)
+        value, grads = value_and_grads(case, inputs)
         results.append((value, grads["logp"]))
+        np.testing.assert_allclose(case(unmasked(inputs)), value, rtol=1e-5)
     (value, grad), (near, near_grad) = results
     assert not np.isnan(value).any()
     assert not np.isnan(grad).any()
@@ -1030,6 +1036,6 @@ def test_an_impossible_rejected_completion_is_the_limit(case):
 
 
 def test_without_centring_a_reward_of_minus_infinity_is_the_limit():
-    reward = jnp.array([1.0, -jnp.inf])
-    value, grad = jax.value_and_grad(reward_model.bradley_terry_loss)(reward, label=jnp.array(1.0))
+    loss = jax.jit(jax.value_and_grad(reward_model.bradley_terry_loss))
+    value, grad = loss(np.float32([1.0, -np.inf]), label=np.float32(1))
     assert (float(value), grad.tolist()) == (0.0, [0.0, 0.0])
