@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.test_util import check_grads
+from scipy.special import log_softmax
 
 from tiltjax.advantages import group_normalised, leave_one_out
 from tiltjax.losses import policy_gradient
@@ -138,20 +137,20 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 COVERED = {case.loss for case in CASES.values()}
 
 
-compiled = functools.cache(jax.jit)
-
-
 @functools.cache
 def program(case):
-    def total(floats, mask):
+    def total(floats, mask, slope):
         value = case({**floats, "mask": mask})
-        return value.sum(), value
+        return jnp.sum(slope * value), value
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-def value_and_grads(case, inputs):
-    (_, value), grads = program(case)({k: v for k, v in inputs.items() if k != "mask"}, inputs["mask"])
+EVEN = np.ones((B, N, T), np.float32)
+
+
+def value_and_grads(case, inputs, slope=EVEN):
+    (_, value), grads = program(case)({k: v for k, v in inputs.items() if k != "mask"}, inputs["mask"], slope)
     return np.asarray(value), {name: np.asarray(x) for name, x in grads.items()}
 
 
@@ -165,7 +164,7 @@ def test_is_the_float64_formula_of_the_real_tokens(case):
     for dtype in (jnp.float32, jnp.bfloat16):
         inputs = case.draw()
         inputs = {name: x if name == "mask" else jnp.asarray(x, dtype) for name, x in inputs.items()}
-        value, mask = np.asarray(compiled(case)(inputs)), inputs["mask"]
+        value, mask = value_and_grads(case, inputs)[0], inputs["mask"]
         wide = {name: np.asarray(x, np.float64) for name, x in inputs.items() if name != "mask"}
         assert value.shape == (B, N, T)
         assert value.dtype == np.float32
@@ -198,10 +197,14 @@ def test_gradients_and_padding(case):
 
 @pytest.mark.parametrize("case", [c for c in CASES.values() if not c.surrogate], ids=lambda c: c.loss.__name__)
 def test_gradient_is_that_of_the_value(case):
+    rng, name = np.random.default_rng(6), case.arrays[0]
+    slope, along = rng.normal(size=(2, B, N, T))
+    inputs = {name: x if name == "mask" else x.astype(np.float64) for name, x in case.draw().items()}
     with jax.enable_x64(True):
-        inputs = {name: x if name == "mask" else jnp.float64(x) for name, x in case.draw().items()}
-        run = jax.jit(lambda x: case({**inputs, case.arrays[0]: x}))
-        check_grads(run, (inputs[case.arrays[0]],), order=1, modes=("rev",), rtol=1e-5, eps=1e-6)
+        _, grads = value_and_grads(case, inputs, slope)
+        ends = (value_and_grads(case, inputs | {name: inputs[name] + step * along}, slope)[0] for step in (1e-6, -1e-6))
+        up, down = ends
+    np.testing.assert_allclose(np.sum(grads[name] * along), np.sum(slope * (up - down)) / 2e-6, rtol=1e-5)
 
 
 @every_case
@@ -217,18 +220,18 @@ def test_extreme_inputs_are_finite(case):
 
 @every_case
 def test_one_answer_on_every_arrangement(case):
-    """Eager, jit, vmap, permuted, sharded jit, shard_map."""
+    """Permuted, and sharded, by vmap and by shard_map."""
     inputs = case.draw()
-    expected = np.asarray(case(inputs))
-    run = compiled(case)
+    expected, _ = value_and_grads(case, inputs)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    close(run(inputs), expected)
-    close(jax.jit(jax.vmap(case))(inputs), expected)
     order, candidates = np.random.default_rng(3).permutation(B), np.array([2, 0, 1])
-    close(run({name: x[order][:, candidates] for name, x in inputs.items()}), expected[order][:, candidates])
+    permuted, _ = value_and_grads(case, {name: x[order][:, candidates] for name, x in inputs.items()})
+    close(permuted, expected[order][:, candidates])
     mesh, rows = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
-    close(run(jax.device_put(inputs, NamedSharding(mesh, rows))), expected)
-    close(jax.jit(jax.shard_map(case, mesh=mesh, in_specs=rows, out_specs=rows))(inputs), expected)
+    sharded = jax.shard_map(case, mesh=mesh, in_specs=rows, out_specs=rows)
+    run = jax.jit(lambda x: (case(x), jax.vmap(case)(x), sharded(x)))
+    for found in run(jax.device_put(inputs, NamedSharding(mesh, rows))):
+        close(found, expected)
 
 
 ON_POLICY = {
@@ -244,50 +247,41 @@ ON_POLICY = {
 def test_the_first_step_is_reinforce(name):
     """The ratio is exactly 1, no clip acts, and the gradient is that of the plain policy gradient."""
     inputs = CASES["ppo"].draw() | CASES["dapo"].draw()
-    logp, advantage, mask = jnp.asarray(inputs["logp"]), inputs["advantage"], inputs["mask"]
+    logp, advantage, mask = inputs["logp"], inputs["advantage"], inputs["mask"]
     # GSPO's ratio is a mean over the tokens of a completion, MDLOO's a sum.
     mode = {"gspo": "seq_mean_token_mean"}.get(name, "seq_mean_token_sum")
 
-    def gradient(loss):
-        return jax.jit(jax.grad(lambda x: aggregate(loss(x, logp, advantage, mask), mask, mode=mode).mean))(logp)
+    @jax.jit
+    def gradients(logp):
+        losses = ON_POLICY[name], lambda x, old, a, m: reinforce_loss(x, a, m)
+        total = lambda x, loss: aggregate(loss(x, logp, advantage, mask), mask, mode=mode).mean
+        return [jax.grad(total)(logp, loss) for loss in losses]
 
-    plain = gradient(lambda x, old, a, m: reinforce_loss(x, a, m))
-    np.testing.assert_allclose(gradient(ON_POLICY[name]), plain, rtol=1e-5, atol=1e-8)
+    ours, plain = gradients(logp)
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-8)
     if name == "ppo":
         value = ppo_clip_loss(logp, logp, advantage, mask)
         np.testing.assert_array_equal(value, np.where(mask, -advantage[..., None], 0))
 
 
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "slope"),
-    [(1.25, 1, 0), (0.5, 1, -0.5), (1.1, 1, -1.1), (0.75, -1, 0), (1.5, -1, 1.5), (2.5, -1, 0), (0.9, -1, 0.9)],
-)
-def test_ppo_has_no_gradient_exactly_where_it_is_clipped(ratio, advantage, slope):
-    mask = jnp.ones((1, 1), bool)
-
-    def loss(logp):
-        return ppo_clip_loss(logp, jnp.zeros((1, 1)), jnp.float32([[advantage]]), mask, dual_clip=2.0).sum()
-
-    grad = jax.jit(jax.grad(loss))(jnp.log(jnp.float32([[ratio]])))
-    np.testing.assert_allclose(grad, [[slope]], rtol=1e-5, atol=0)
+def test_ppo_has_no_gradient_exactly_where_it_is_clipped():
+    ratio = np.float32([1.25, 0.5, 1.1, 0.75, 1.5, 2.5, 0.9])[:, None]
+    advantage = np.float32([1, 1, 1, -1, -1, -1, -1])[:, None]
+    slope = [0, -0.5, -1.1, 0, 1.5, 0, 0.9]
+    loss = lambda x: ppo_clip_loss(x, np.zeros_like(ratio), advantage, ratio > 0, dual_clip=2.0).sum()
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(np.log(ratio))[:, 0], slope, rtol=1e-5, atol=0)
 
 
 def test_a_clipped_value_has_no_gradient():
-    loss = lambda v: value_loss(v, jnp.zeros(3), jnp.float32([2, 2, -2]), jnp.ones(3, bool)).sum()
+    loss = lambda v: value_loss(v, np.zeros(3, np.float32), np.float32([2, 2, -2]), np.ones(3, bool)).sum()
     grad = jax.jit(jax.grad(loss))
-    np.testing.assert_allclose(grad(jnp.float32([0.5, 0.1, 0.5])), [0, -1.9, 2.5], rtol=1e-6)
-
-
-def test_an_unclipped_value_is_half_the_squared_error():
-    inputs = CASES["value"].draw()
-    plain = value_loss(inputs["value"], inputs["old_value"], inputs["returns"], inputs["mask"], clip=None)
-    expected = np.where(inputs["mask"], (inputs["value"] - inputs["returns"]) ** 2 / 2, 0)
-    np.testing.assert_allclose(plain, expected, rtol=1e-6)
+    np.testing.assert_allclose(grad(np.float32([0.5, 0.1, 0.5])), [0, -1.9, 2.5], rtol=1e-6)
 
 
 def test_gspo_clips_whole_completions():
-    logp, mask = jnp.float32([[[0.5, -0.1], [0.1, -0.1]]]), jnp.ones((1, 2, 2), bool)
-    grad = jax.jit(jax.grad(lambda x: gspo_loss(x, jnp.zeros((1, 2, 2)), jnp.ones((1, 2)), mask).sum()))(logp)
+    logp, old = np.float32([[[0.5, -0.1], [0.1, -0.1]]]), np.zeros((1, 2, 2), np.float32)
+    loss = lambda x: gspo_loss(x, old, np.ones((1, 2), np.float32), old == 0).sum()
+    grad = np.asarray(jax.jit(jax.grad(loss))(logp))
     np.testing.assert_array_equal(grad[0, 0], [0, 0])
     np.testing.assert_allclose(grad[0, 1], [-1, -1], rtol=1e-6)
 
@@ -301,46 +295,48 @@ def test_cispo_keeps_the_gradient_of_every_token():
     assert (ratio[inputs["mask"]] > 1.3).any()
 
 
-class AggregateTest(chex.TestCase):
-    @chex.variants(with_jit=True)
-    @parameterized.parameters(*MODES)
-    def test_is_the_formula_and_exact_under_microbatching(self, mode):
-        rng = np.random.default_rng(0)
-        values, mask = rng.normal(size=(B, N, T)).astype(np.float32), rng.random((B, N, T)) < 0.6
-        mask[0, 0] = False
-        run = self.variant(lambda v, m: aggregate(v, m, mode=mode, max_length=MODES[mode]))
-        whole = run(np.where(mask, values, np.nan), mask)
-        rows = [values[i][mask[i]].astype(np.float64) for i in np.ndindex(B, N) if mask[i].any()]
-        expected = {
-            "seq_mean_token_mean": np.mean([row.mean() for row in rows]),
-            "token_mean": np.concatenate(rows).mean(),
-            "seq_mean_token_sum": np.mean([row.sum() for row in rows]),
-            "dr_grpo": np.concatenate(rows).sum() / (len(rows) * 7),
-        }[mode]
-        np.testing.assert_allclose(whole.mean, expected, rtol=1e-5)
-        parts = [run(values[part], mask[part]) for part in (slice(0, 1), slice(1, 4), slice(4, B))]
-        chex.assert_trees_all_close(parts[0] + parts[1] + parts[2], whole, rtol=1e-5, atol=1e-6)
+def every_mode(values, mask, axis=None):
+    return {mode: aggregate(values, mask, mode=mode, max_length=L).psum(axis) for mode, L in MODES.items()}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_aggregate_over_eight_devices_and_over_nothing(mode):
+def test_aggregate_is_the_formula_and_exact_under_microbatching():
+    rng = np.random.default_rng(0)
+    values, mask = rng.normal(size=(B, N, T)).astype(np.float32), rng.random((B, N, T)) < 0.6
+    mask[0, 0] = mask[2:4] = False
+    run = jax.jit(every_mode)
+    whole = run(np.where(mask, values, np.float32(np.nan)), mask)
+    rows = [values[i][mask[i]].astype(np.float64) for i in np.ndindex(B, N) if mask[i].any()]
+    expected = {
+        "seq_mean_token_mean": np.mean([row.mean() for row in rows]),
+        "token_mean": np.concatenate(rows).mean(),
+        "seq_mean_token_sum": np.mean([row.sum() for row in rows]),
+        "dr_grpo": np.concatenate(rows).sum() / (len(rows) * 7),
+    }
+    for mode, value in expected.items():
+        np.testing.assert_allclose(whole[mode].total / whole[mode].count, value, rtol=1e-5)
+    parts = [jax.tree.map(np.asarray, run(values[i : i + 2], mask[i : i + 2])) for i in range(0, B, 2)]
+    chex.assert_trees_all_close(jax.tree.map(lambda *x: sum(x), *parts), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_aggregate_over_eight_devices_and_over_nothing():
     inputs = CASES["ppo"].draw()
-    run = lambda v, m, axis=None: aggregate(v, m, mode=mode, max_length=MODES[mode]).psum(axis).mean
+    means = lambda v, m, axis=None: {mode: average.mean for mode, average in every_mode(v, m, axis).items()}
     mesh, rows = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
-    sharded = jax.shard_map(lambda v, m: run(v, m, "data"), mesh=mesh, in_specs=rows, out_specs=PartitionSpec())
-    whole = run(inputs["logp"], inputs["mask"])
-    np.testing.assert_allclose(jax.jit(sharded)(inputs["logp"], inputs["mask"]), whole, rtol=1e-6)
-    nothing, grad = jax.value_and_grad(run)(jnp.full((2, 1, 3), jnp.nan), jnp.zeros((2, 1, 3), bool))
-    np.testing.assert_array_equal(nothing, 0)
-    np.testing.assert_array_equal(grad, np.zeros((2, 1, 3)))
+    sharded = jax.shard_map(lambda v, m: means(v, m, "data"), mesh=mesh, in_specs=rows, out_specs=PartitionSpec())
+    whole, split = jax.jit(lambda v, m: (means(v, m), sharded(v, m)))(inputs["logp"], inputs["mask"])
+    chex.assert_trees_all_close(split, whole, rtol=1e-6)
+    gradients = jax.jit(lambda v, m: (means(v, m), jax.jacrev(means)(v, m)))
+    nothing = gradients(np.full((2, 1, 3), np.nan, np.float32), np.zeros((2, 1, 3), bool))
+    chex.assert_trees_all_equal(nothing, jax.tree.map(np.zeros_like, nothing))
 
 
 def test_a_completion_out_of_the_loss_may_still_divide_it():
-    values, mask = jnp.ones((1, 2, 3)), jnp.array([[[True] * 3, [False] * 3]])
-    where = jnp.ones((1, 2), bool)
-    assert float(aggregate(values, mask, mode="seq_mean_token_mean").mean) == 1
-    assert float(aggregate(values, mask, mode="seq_mean_token_mean", where=where).mean) == 0.5
-    half = aggregate(values, jnp.ones((1, 2, 3), bool), mode="token_mean", where=jnp.array([[True, False]]))
+    values, mask = np.ones((1, 2, 3), np.float32), np.array([[[True] * 3, [False] * 3]])
+    run = jax.jit(aggregate, static_argnames="mode")
+    ratio = lambda average: float(average.total) / float(average.count)
+    assert ratio(run(values, mask, mode="seq_mean_token_mean")) == 1
+    assert ratio(run(values, mask, mode="seq_mean_token_mean", where=np.ones((1, 2), bool))) == 0.5
+    half = run(values, values > 0, mode="token_mean", where=np.array([[True, False]]))
     assert (float(half.total), float(half.count)) == (3, 3)
 
 
@@ -349,22 +345,24 @@ def test_expected_gradients_by_enumeration(G):
     """Over all groups of G draws from three arms: leave-one-out is unbiased, the group mean shrinks by (G - 1) / G."""
     reward = np.array([0.0, 0.5, 2.0])
     groups = np.array(list(itertools.product(range(3), repeat=G)))
-    with jax.enable_x64(True):
-        logits = jnp.array([0.3, -0.2, 0.1])
-        chance = jnp.prod(jax.nn.softmax(logits)[groups], -1)
-        mask = jnp.ones((*groups.shape, 1), bool)
+    mask = np.ones((*groups.shape, 1), bool)
 
-        def gradient(advantage):
-            def loss(logits):
-                logp = jax.nn.log_softmax(logits)[groups][..., None]
-                return jnp.sum(chance * reinforce_loss(logp, advantage, mask).sum(-1).mean(-1))
+    @jax.jit
+    def gradients(logits):
+        chance = jax.lax.stop_gradient(jnp.prod(jax.nn.softmax(logits)[groups], -1))
 
-            return jax.jit(jax.grad(loss))(logits)
+        def loss(logits, advantage):
+            logp = jax.nn.log_softmax(logits)[groups][..., None]
+            return jnp.sum(chance * reinforce_loss(logp, advantage, mask).sum(-1).mean(-1))
 
+        each = leave_one_out(reward[groups]), group_normalised(reward[groups], scale="none")
         truth = -jax.grad(lambda z: jax.nn.softmax(z) @ reward)(logits)
-        np.testing.assert_allclose(gradient(leave_one_out(reward[groups])), truth, atol=1e-14)
-        mean = gradient(group_normalised(reward[groups], scale="none"))
-        np.testing.assert_allclose(mean, truth * (G - 1) / G, atol=1e-14)
+        return truth, *(jax.grad(loss)(logits, advantage) for advantage in each)
+
+    with jax.enable_x64(True):
+        truth, unbiased, mean = (np.asarray(x) for x in gradients(np.array([0.3, -0.2, 0.1])))
+    np.testing.assert_allclose(unbiased, truth, atol=1e-14)
+    np.testing.assert_allclose(mean, truth * (G - 1) / G, atol=1e-14)
 
 
 @pytest.mark.parametrize("kl", ["exact", "sampled"])
@@ -372,45 +370,45 @@ def test_expected_gradients_by_enumeration(G):
 def test_mirror_descent_climbs_to_the_tilt(loss, kl):
     """Over all samples of the old policy, the gradient is 0 at ``old exp(A / beta) / Z`` and nowhere else (convex)."""
     advantage, beta = np.array([0.0, 0.5, -0.4, 0.2]), 0.4
+    old_logits, mask = np.array([0.5, -0.3, 0.2, 0.0]), np.ones((4, 1), bool)
+    old = log_softmax(old_logits)
+
+    def expected(logits):
+        exact = jnp.broadcast_to(full_vocabulary_kl(logits, old_logits), (4, 1)) if kl == "exact" else None
+        logp = jax.nn.log_softmax(logits)[:, None]
+        return jnp.exp(old) @ loss(logp, old[:, None], advantage, mask, beta=beta, token_kl=exact)[:, 0]
+
+    slope = jax.jit(jax.grad(expected))
     with jax.enable_x64(True):
-        old_logits = jnp.array([0.5, -0.3, 0.2, 0.0])
-        old = jax.nn.log_softmax(old_logits)
-        mask = jnp.ones((4, 1), bool)
-
-        def expected(logits):
-            exact = jnp.full((4, 1), full_vocabulary_kl(logits, old_logits)) if kl == "exact" else None
-            logp = jax.nn.log_softmax(logits)[:, None]
-            return jnp.exp(old) @ loss(logp, old[:, None], advantage, mask, beta=beta, token_kl=exact)[:, 0]
-
-        slope = jax.jit(jax.grad(expected))
-        tilted = old + advantage / beta
-        np.testing.assert_allclose(slope(tilted), np.zeros(4), atol=1e-14)
-        first = slope(old_logits)  # The KL does not act yet.
-        np.testing.assert_allclose(first, -jnp.exp(old) * (advantage - jnp.exp(old) @ advantage), atol=1e-14)
+        at_the_tilt, first = slope(old + advantage / beta), slope(old_logits)  # At first the KL does not act yet.
+    np.testing.assert_allclose(at_the_tilt, np.zeros(4), atol=1e-14)
+    np.testing.assert_allclose(first, -np.exp(old) * (advantage - np.exp(old) @ advantage), atol=1e-14)
 
 
 def test_reinforce_with_k2_stops_at_the_tilt():
     """The stationary point of the policy gradient with a KL penalty, by enumeration: its gradient is 0 there."""
     reward, beta = np.array([0.0, 0.5, 2.0]), 0.7
+    ref = log_softmax([0.3, -0.2, 0.1])
+
+    @jax.jit
+    def gradient(logits):
+        chance = jax.lax.stop_gradient(jax.nn.softmax(logits))
+
+        def loss(z):
+            logp = jax.nn.log_softmax(z)[:, None]
+            pull = reinforce_loss(logp, reward, np.ones((3, 1), bool)) + beta * kl_k2(logp, ref[:, None])
+            return chance @ pull[:, 0]
+
+        return jax.grad(loss)(logits)
+
     with jax.enable_x64(True):
-        ref = jax.nn.log_softmax(jnp.array([0.3, -0.2, 0.1]))
-
-        def gradient(logits):
-            chance = jax.nn.softmax(logits)
-
-            def loss(z):
-                logp = jax.nn.log_softmax(z)[:, None]
-                pull = reinforce_loss(logp, reward, jnp.ones((3, 1), bool)) + beta * kl_k2(logp, ref[:, None])
-                return chance @ pull[:, 0]
-
-            return jax.jit(jax.grad(loss))(logits)
-
-        np.testing.assert_allclose(gradient(ref + reward / beta), np.zeros(3), atol=1e-14)
-        assert np.abs(gradient(ref)).max() > 0.1
+        stops, starts = gradient(ref + reward / beta), gradient(ref)
+    np.testing.assert_allclose(stops, np.zeros(3), atol=1e-14)
+    assert np.abs(np.asarray(starts)).max() > 0.1
 
 
 def test_bad_options_are_named():
-    x, a, mask = jnp.zeros((1, 2)), jnp.zeros(1), jnp.ones((1, 2), bool)
+    x, a, mask = np.zeros((1, 2), np.float32), np.zeros(1, np.float32), np.ones((1, 2), bool)
     for call, message in (
         (lambda: aggregate(x, mask, mode="mean"), "mode must be one of dr_grpo, seq_mean_token_mean"),
         (lambda: aggregate(x, mask, mode="dr_grpo"), "max_length must be given for mode dr_grpo and for no other"),
