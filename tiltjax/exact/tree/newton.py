@@ -69,10 +69,10 @@ def minimise(fn: Callable[[PyTree], Array], start: PyTree, *, max_steps: int = 2
     eps = jnp.finfo(x.dtype).eps
     sizes = (0.5 ** jnp.arange(_HALVINGS)).astype(x.dtype)
 
-    def loss(x):
-        return fn(unravel(x))
-
-    gradient, hessian = jax.grad(loss), jax.hessian(loss)
+    # Traced once, however many derivatives are taken.
+    loss = jax.jit(lambda x: fn(unravel(x)))
+    gradient = jax.jit(jax.grad(loss))
+    hessian = jax.jacfwd(gradient)
 
     def step(state):
         x, value, slope, steps, _ = state
