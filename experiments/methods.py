@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments.launch import program, run_program
 
-__all__ = ["ROLES", "public_functions", "render"]
+__all__ = ["ROLES", "public_functions", "render", "short_path"]
 
 COVERED = (
     "tiltjax.losses",
@@ -190,6 +190,23 @@ def public_functions(covered: tuple[str, ...] = COVERED) -> Iterator[tuple[str, 
                 yield name, public, function
 
 
+def short_path(module: str, name: str) -> str:
+    """Where a public function is found, without ``tiltjax.``: at the face of its package, else in its module.
+
+    Args:
+      module: In which it is defined.
+      name: Its own.
+
+    Example:
+      >>> short_path("tiltjax.losses.preference.dpo", "dpo_loss")
+      'losses.dpo_loss'
+    """
+    package = module.split(".")[1]
+    function = getattr(importlib.import_module(module), name)
+    face = importlib.import_module(f"tiltjax.{package}")
+    return f"{package}.{name}" if getattr(face, name, None) is function else f"{module.partition('.')[2]}.{name}"
+
+
 def render() -> str:
     """The page as Markdown.
 
@@ -210,17 +227,19 @@ def render() -> str:
         if module != family:
             rows.append(f"| [**{module}**](../{module.replace('.', '/')}.py) | | | |")
             family = module
-        rows.append(f"| `{_call(name, function)}` | {_summary(function)} | {_PHRASE[role]} | {_papers(function)} |")
+        call = _call(short_path(module, name), function)
+        rows.append(f"| `{call}` | {_summary(function)} | {_PHRASE[role]} | {_papers(function)} |")
     if known:
         raise LookupError(f"experiments.methods.ROLES names what does not exist: {', '.join(sorted(known))}")
     legend = "\n".join(f"* **{_PHRASE[role]}**: {text}." for role, text in MEANING.items())
     return "\n\n".join(
         [
             "# Methods",
-            "One line a function, generated from the code by `make docs`. All take plain arrays and return one value "
-            "per prompt, candidate or token; options are keywords. Every function with a mask takes `where` (True "
-            "means real), and those that reduce over candidates or prompts take `axis_name` for use under `pmap` and "
-            "`shard_map`; the table leaves both out. The third column says what the function has to do with the tilt "
+            "One line a function, generated from the code by `make docs`; `losses.dpo_loss` is "
+            "`tiltjax.losses.dpo_loss` after `import tiltjax`. All take plain arrays and return one value per prompt, "
+            "candidate or token; options are keywords. Every function with a mask takes `where` (True means real), "
+            "and those that reduce over candidates or prompts take `axis_name` for use under `pmap` and `shard_map`; "
+            "the table leaves both out. The third column says what the function has to do with the tilt "
             "p*(y|x) = p_ref(y|x) exp(r(x,y) / beta) / Z(x):",
             legend,
             "| call | what | the tilt | source |\n| --- | --- | --- | --- |\n" + "\n".join(rows),

@@ -1,1 +1,5 @@
 """Prompts, pairs and rankings from files; tokens; and `Candidates`, the one batch type."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
