@@ -123,3 +123,12 @@ def test_only_the_library_is_installed():
     assert {"experiments", "tests"} <= packages
     assert {name.rpartition(".")[0] if "." in name else name for name in MODULES} <= taken
     assert list(settings["options.package_data"]) == ["*"]
+
+
+def test_the_citation_file_names_this_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    fields = dict(line.split(": ", 1) for line in text.splitlines() if line[:1].isalpha() and ": " in line)
+    assert fields["version"] == settings["metadata"]["version"] == tiltjax.__version__
+    assert fields["license"] == settings["metadata"]["license"]
