@@ -18,7 +18,7 @@ from experiments.align_law import (
 )
 from experiments.run_directory import overwrite_field
 from tiltjax.models.config import ATTENTION, REMAT
-from tiltjax.ops.checks import check_at_least, check_positive
+from tiltjax.ops.checks import check_at_least, check_choice, check_positive
 from tiltjax.train import methods
 from tiltjax.train.config import check_fields, field, output_field, seed_field
 from tiltjax.train.hardware import compilation_cache_field
@@ -35,6 +35,7 @@ __all__ = [
     "attention_field",
     "beta_field",
     "check_beta",
+    "check_method",
     "learning_rate_field",
     "own_record",
     "record_of",
@@ -105,7 +106,8 @@ def record_of(name: str, *, num_candidates: int, steps: int, temperature: float 
       steps: Of the run.
       temperature: At which the run draws; None leaves the record's.
     """
-    record = methods.METHODS[RECORDS[name]]
+    record = own_record(name)
+    assert record is not None
     if temperature is not None:
         record = dataclasses.replace(record, temperature=temperature)
     if len(record.draw) == 1 and record.draw[0][1] > 2:
@@ -146,7 +148,17 @@ def learning_rate_field() -> Any:
 
 def own_record(method: str) -> Method | None:
     """The record of a name on the command line; None where there is none, for methods that fit fixed candidates."""
+    if ":" in method:
+        return methods.get_method(method)
     return methods.METHODS[RECORDS[method]] if method in RECORDS else None
+
+
+def check_method(name: str, value: str) -> None:
+    """Raises ValueError unless a method of the command line, or a record of the user's own, has that name."""
+    if ":" in value:
+        methods.get_method(value)
+    else:
+        check_choice(name, value, METHODS)
 
 
 def check_beta(method: str, beta: float) -> None:
@@ -230,8 +242,10 @@ class AlignConfig:
     method: str = field(
         "tilted_mle",
         "How the tilt is reached: soft_best_of_n trains nothing, the first six fit candidates of the reference, sft "
-        "fits demonstrations, the other records of tiltjax.train.methods learn in rounds.",
-        choices=METHODS,
+        "fits demonstrations, the other records of tiltjax.train.methods learn in rounds. package.module:record or "
+        f"file.py:record is one of your own, which is run with your rights. Names: {', '.join(METHODS)}.",
+        check=check_method,
+        code=True,
     )
     beta: float = beta_field()
     report_beta: float = report_beta_field()
@@ -322,7 +336,7 @@ class AlignConfig:
             )
         if self.in_rounds and self.mapping == "pmap":
             raise ValueError(f"mapping must be sharded for method={self.method}, got 'pmap'")
-        if self.method in RECORDS:
+        if own_record(self.method) is not None:
             record = record_of(self.method, num_candidates=self.num_candidates, steps=self.steps)
             for flag, needs in NEEDS.items():
                 if needs(record) and not getattr(self, flag):
@@ -338,7 +352,7 @@ class AlignConfig:
     @property
     def in_rounds(self) -> bool:
         """Whether the method learns in rounds, by its record; what sft imitates is all there before it begins."""
-        return self.method in RECORDS and self.method != "sft"
+        return own_record(self.method) is not None and self.method != "sft"
 
     def fingerprint(self) -> str:
         """Of everything that decides the numbers, to rounding."""

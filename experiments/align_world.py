@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.align_config import RECORDS, AlignConfig
+from experiments.align_config import AlignConfig, own_record
 from experiments.align_given import LEARNED, Given, load_given, needed_columns, read_given
 from experiments.align_law import law, share_cut
 from tiltjax.data import candidates as batches
@@ -23,13 +23,12 @@ from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.gate import required_columns, score
 from tiltjax.rewards.puzzles import puzzle_rows
-from tiltjax.rewards.registry import load_reward, parse_spec, reward_code
+from tiltjax.rewards.registry import load_reward, object_code, parse_spec, reward_code
 from tiltjax.train import distributed
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.learned_reward import load_reward_model
 from tiltjax.train.memory import Drawing, check_memory, memory_limit
 from tiltjax.train.method import Method
-from tiltjax.train.methods import METHODS
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
 from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec
 from tiltjax.train.streams import stream
@@ -228,7 +227,7 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         reward: Any = load_reward_model(config.reward.removeprefix(LEARNED), compute_dtype=told)
     else:
         reward = load_reward(config.reward)
-    record = METHODS[RECORDS[config.method]] if config.method in RECORDS else None
+    record = own_record(config.method)
     train, held_out = _split_prompts(config, record, reward)
     texts = read_given(config, record, train)
     mesh = make_mesh(config.mesh)
@@ -290,6 +289,8 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         "reward (its code or model)": getattr(reward, "fingerprint", "") or reward_code(config.reward),
         "demonstrations, corpus or cost": given.fingerprint,
     }
+    if ":" in config.method:
+        parts["method (its code)"] = object_code(config.method, what="method")
     return World(
         config=config,
         directory=directory,

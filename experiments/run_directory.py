@@ -137,7 +137,7 @@ def _look(
         return False
     if not saved.exists():
         return False
-    before = load_config(type(config), saved)
+    before = load_config(type(config), saved, like=config)
     if not _results(directory, names):
         return go_on and not _changed(before, config, free)
     if not go_on:

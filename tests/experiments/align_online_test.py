@@ -16,6 +16,7 @@ from tiltjax.data.candidates import Candidates, learned
 from tiltjax.data.datasets import PromptRow
 from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.registry import load_reward
+from tiltjax.train.config import load_config, save_config
 from tiltjax.train.learned_reward import RewardSpec
 from tiltjax.train.methods import METHODS
 from tiltjax.train.policy import model_view
@@ -367,3 +368,54 @@ def test_cut_off_in_a_rollout_and_in_an_update_it_ends_with_the_same_bits(home, 
     assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     moved = np.abs(np.asarray(whole.blocks.up.kernel[0]) - np.asarray(WORLD.model.blocks.up.kernel[0]))
     assert 1e-5 < moved.max() < 1
+
+
+OWN = """
+from tiltjax.advantages import leave_one_out
+from tiltjax.train import Method
+from tiltjax.train.methods.labels import left_out
+from tiltjax.train.methods.policy_gradient import POLICY_GRADIENT
+
+MINE = Method("mine", "Nobody, 2026", POLICY_GRADIENT[0].loss, (("current", 4),), advantage=left_out, beta=0.3,
+              zero_beta=True, reads_reference=False)
+"""
+
+
+class TestARecordOfOnesOwn:
+    @pytest.fixture
+    def own(self, tmp_path):
+        (tmp_path / "own.py").write_text(OWN)
+        return f"{tmp_path}/own.py:MINE"
+
+    def test_it_learns_in_rounds_with_its_own_beta(self, home, tmp_path, own):
+        config = config_of(home, tmp_path / "run", own, beta=None, steps=1, num_prompts=8)
+        assert (config.beta, config.in_rounds) == (0.3, True)
+        assert align_config.resolved(config).startswith(f"{own}: beta 0.3 (published 0.3), ")
+        world = align_world.prepare(config, tmp_path / "run")
+        align_online.improve(world)
+        (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        assert np.isfinite(line["loss"])
+        (tmp_path / "own.py").write_text(OWN.replace("beta=0.3", "beta=0.4"))
+        assert align_world.prepare(config, tmp_path / "run").fingerprint != world.fingerprint
+
+    @pytest.mark.robustness(
+        "Flags", given="--method=file.py:record that is no record", outcome="one line that says what it is"
+    )
+    def test_what_is_no_record_is_refused(self, home, tmp_path, own):
+        for spec, message in {
+            own.replace("MINE", "OURS"): "has no attribute 'OURS'",
+            own.replace("MINE", "leave_one_out"): r"must be a tiltjax.train.Method, got function",
+            "nowhere.to.be:found": "cannot be imported: ModuleNotFoundError",
+            "mine": r"method must be one of \d+ names",
+        }.items():
+            with pytest.raises(ValueError, match=message) as error:
+                config_of(home, tmp_path, spec)
+            assert "\n" not in str(error.value)
+
+    def test_a_file_of_settings_runs_no_code(self, home, tmp_path):
+        path = tmp_path / "config.json"
+        save_config(config_of(home, tmp_path, "rloo"), path)
+        (tmp_path / "own.py").write_text("raise AssertionError")
+        path.write_text(path.read_text().replace('"rloo"', f'"{tmp_path}/own.py:MINE"'))
+        with pytest.raises(ValueError, match=r"config.json: .*method names code to run, .*, and the flags do not"):
+            load_config(AlignConfig, path, like=config_of(home, tmp_path, "grpo"))

@@ -36,7 +36,9 @@ from .puzzles import puzzle_reward as puzzle_reward
 from .puzzles import puzzle_rows as puzzle_rows
 from .puzzles import puzzle_tasks as puzzle_tasks
 from .registry import SHIPPED as SHIPPED
+from .registry import load_object as load_object
 from .registry import load_reward as load_reward
+from .registry import object_code as object_code
 from .registry import parse_spec as parse_spec
 from .registry import reward_code as reward_code
 from .shaping import format_penalty as format_penalty

@@ -34,7 +34,7 @@ from typing import Any
 from tiltjax.ops.checks import did_you_mean
 from tiltjax.rewards.extras import import_extra
 
-__all__ = ["SHIPPED", "load_reward", "parse_spec", "reward_code"]
+__all__ = ["SHIPPED", "load_object", "load_reward", "object_code", "parse_spec", "reward_code"]
 
 SHIPPED: dict[str, tuple[str, str, str | None]] = {
     "brevity": ("tiltjax.rewards.text", "brevity_reward", None),
@@ -99,13 +99,13 @@ def _split(name: str) -> tuple[str, str]:
     return (module_name, path) if module_name else ("", "")
 
 
-def _import(spec: str, source: str) -> Any:
+def _import(spec: str, source: str, what: str = "reward") -> Any:
     try:
         return _import_file(source) if source.endswith(_FILE) else importlib.import_module(source)
     except (Exception, SystemExit) as error:
         kind = "file" if source.endswith(_FILE) else "module"
         raise ValueError(
-            f"reward {spec!r}: {kind} {source!r} cannot be imported: {type(error).__name__}: {error}"
+            f"{what} {spec!r}: {kind} {source!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -125,17 +125,17 @@ def _import_file(source: str) -> Any:
     return sys.modules[name]
 
 
-def _check_named_on_purpose(spec: str, source: str) -> None:
+def _check_named_on_purpose(spec: str, source: str, what: str) -> None:
     top, _, inner = source.partition(".")
     if top in sys.stdlib_module_names:
-        raise ValueError(f"reward {spec!r}: {top} is Python's own library, which has no rewards")
+        raise ValueError(f"{what} {spec!r}: {top} is Python's own library, which has no {what}s")
     found = None if inner or not top or top in sys.modules else importlib.util.find_spec(top)
     if found is None or not found.origin or found.submodule_search_locations is not None:
         return
     here = pathlib.Path(found.origin).parent == pathlib.Path.cwd()
     if here and not any(pathlib.Path(p).resolve() == pathlib.Path.cwd() for p in _python_path()):
         raise ValueError(
-            f"reward {spec!r}: {top} is a file of the current directory; name it, "
+            f"{what} {spec!r}: {top} is a file of the current directory; name it, "
             f"{spec.replace(f'{top}:', f'{top}{_FILE}:', 1)}"
         )
 
@@ -144,18 +144,18 @@ def _python_path() -> list[str]:
     return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
 
 
-def _attribute(spec: str, module: Any, source: str, path: str) -> Any:
+def _attribute(spec: str, module: Any, source: str, path: str, what: str = "reward") -> Any:
     value = module
     for part in path.split("."):
         try:
             value = getattr(value, part)
         except AttributeError as error:
-            raise ValueError(f"reward {spec!r}: module {source!r} has no attribute {path!r}") from error
+            raise ValueError(f"{what} {spec!r}: module {source!r} has no attribute {path!r}") from error
         if inspect.ismodule(value):
-            raise ValueError(f"reward {spec!r}: {path} goes through another module; name that one")
+            raise ValueError(f"{what} {spec!r}: {path} goes through another module; name that one")
     owner = getattr(value, "__module__", None) or ""
     if (inspect.isroutine(value) or inspect.isclass(value)) and owner.partition(".")[0] in sys.stdlib_module_names:
-        raise ValueError(f"reward {spec!r}: {path} is of Python's own library ({owner}), which has no rewards")
+        raise ValueError(f"{what} {spec!r}: {path} is of Python's own library ({owner}), which has no {what}s")
     return value
 
 
@@ -210,18 +210,51 @@ def load_reward(spec: str) -> Callable[..., Any]:
         if options:
             raise ValueError(f"reward {name!r} has no options; got {', '.join(sorted(options))}")
         return shipped
-    source, path = _split(name)
-    if not path:
+    if not _split(name)[1]:
         hint = did_you_mean(name, list(SHIPPED))
         raise ValueError(f"unknown reward {name!r}; it must be one of {_known()}{hint}")
-    if not source.endswith(_FILE):
-        _check_named_on_purpose(spec, source)
-    reward = _attribute(spec, _import(spec, source), source, path)
+    reward = load_object(spec, what="reward")
     if callable(reward) and options:
         reward = _call_factory(spec, reward, options)
     if not callable(reward):
         raise ValueError(f"reward {spec!r} must be callable, got {type(reward).__name__}")
     return reward
+
+
+def load_object(spec: str, *, what: str) -> Any:
+    """What ``package.module:attribute`` or ``path/to/file.py:attribute`` names; its code is run.
+
+    Args:
+      spec: As above; options behind a ``?`` are the caller's.
+      what: Noun for messages, such as "reward".
+
+    Returns:
+      The attribute.
+
+    Raises:
+      ValueError: If the spec has another form, the module cannot be imported or is Python's own or a file of the
+        current directory that is not named as one, or it has no such attribute.
+    """
+    source, path = _split(parse_spec(spec)[0])
+    if not path:
+        raise ValueError(f"{what} must read package.module:attribute or file.py:attribute, got {spec!r}")
+    if not source.endswith(_FILE):
+        _check_named_on_purpose(spec, source, what)
+    return _attribute(spec, _import(spec, source, what), source, path, what)
+
+
+def object_code(spec: str, *, what: str) -> str:
+    """Fingerprint of the code that `load_object` runs for a spec, as of `reward_code`.
+
+    Args:
+      spec: As for `load_object`, which has been called with it.
+      what: Noun for messages.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    source, path = _split(parse_spec(spec)[0])
+    return _code_of(spec, source, path, what)
 
 
 def reward_code(spec: str) -> str:
@@ -245,9 +278,13 @@ def reward_code(spec: str) -> str:
         source, path, _ = SHIPPED[name]
     elif name.startswith(_PUZZLE):
         source, path = "tiltjax.rewards.puzzles", "puzzle_reward"
-    module = _import(spec, source)
-    reward = _attribute(spec, module, source, path)
-    files = _files_of({module.__name__, getattr(reward, "__module__", None) or type(reward).__module__})
+    return _code_of(spec, source, path, "reward")
+
+
+def _code_of(spec: str, source: str, path: str, what: str) -> str:
+    module = _import(spec, source, what)
+    found = _attribute(spec, module, source, path, what)
+    files = _files_of({module.__name__, getattr(found, "__module__", None) or type(found).__module__})
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

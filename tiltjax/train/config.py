@@ -41,6 +41,7 @@ def field(
     *,
     choices: tuple[str, ...] | None = None,
     check: Callable[[str, Any], None] | None = None,
+    code: bool = False,
 ) -> Any:
     """A dataclass field with the text that ``--help`` shows.
 
@@ -49,11 +50,14 @@ def field(
       help: One sentence, with the unit.
       choices: Allowed strings.
       check: ``(name, value)``: raises ValueError for a value of the right type that is not allowed.
+      code: Whether ``check`` or the class runs code that a value with a colon names, ``module:attribute``: from a file
+        such a value is refused unless it is the one that the flags have.
 
     Returns:
       A `dataclasses.field`.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "check": check})
+    metadata = {"help": help, "choices": choices, "check": check, "code": code}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def seed_field(help: str = "Root of all randomness, from 0 to 2**64 - 1.") -> Any:  # noqa: A002
@@ -147,8 +151,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         raise naming(path, error) from None
 
 
-def load_config(config_class: type[ConfigT], path: str | os.PathLike) -> ConfigT:
+def load_config(config_class: type[ConfigT], path: str | os.PathLike, *, like: ConfigT | None = None) -> ConfigT:
     """Reads what `save_config` wrote.
+
+    Args:
+      config_class: Of what was written.
+      path: Of the file.
+      like: Settings from the flags. A field that names code (``code`` of `field`) is read only if it is equal there.
 
     Raises:
       ValueError: If the file is not JSON, no object, or has other fields than ``config_class`` or values of another
@@ -161,6 +170,10 @@ def load_config(config_class: type[ConfigT], path: str | os.PathLike) -> ConfigT
         known = {item.name for item in dataclasses.fields(cast(Any, config_class))}
         if strange := sorted(set(values) - known):
             raise ValueError(f"unknown fields {', '.join(map(repr, strange[:3]))}")
+        for item in dataclasses.fields(cast(Any, config_class)):
+            value = values.get(item.name)
+            if item.metadata.get("code") and ":" in str(value) and value != getattr(like, item.name, None):
+                raise ValueError(f"{item.name} names code to run, {_shown(value)}, and the flags do not")
         return _made(config_class, values)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a configuration of this experiment ({error})") from None

@@ -5,6 +5,7 @@
 """
 
 from tiltjax.ops.checks import check_choice
+from tiltjax.rewards.registry import load_object
 from tiltjax.train.method import Method
 from tiltjax.train.methods.game import GAME
 from tiltjax.train.methods.internal import INTERNAL
@@ -28,20 +29,28 @@ METHODS: dict[str, Method] = {method.name: method for family in FAMILIES.values(
 
 
 def get_method(name: str) -> Method:
-    """The record of that name.
+    """The record of that name, or one of your own.
 
     Args:
-      name: One of `METHODS`.
+      name: One of `METHODS`, or ``package.module:record`` or ``path/to/file.py:record``, which runs that code.
 
     Returns:
       `Method`.
 
     Raises:
-      ValueError: If there is none; the message lists them.
+      ValueError: If there is none; the message lists them. If what was named is no record.
 
     Example:
       >>> get_method("rloo").draw, get_method("dpo").schedule
       ((('current', 4),), 'offline')
+      >>> get_method("tiltjax.train.methods.preference:PREFERENCE")
+      Traceback (most recent call last):
+      ValueError: method 'tiltjax.train.methods.preference:PREFERENCE' must be a tiltjax.train.Method, got tuple
     """
-    check_choice("method", name, METHODS)
-    return METHODS[name]
+    if ":" not in name:
+        check_choice("method", name, METHODS)
+        return METHODS[name]
+    record = load_object(name, what="method")
+    if not isinstance(record, Method):
+        raise ValueError(f"method {name!r} must be a tiltjax.train.Method, got {type(record).__name__}")
+    return record
