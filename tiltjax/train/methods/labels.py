@@ -15,7 +15,6 @@ from tiltjax.advantages import (
     token_reward,
 )
 from tiltjax.data.candidates import token_mask
-from tiltjax.exact.game import bradley_terry
 from tiltjax.losses.game import self_play_reward, spo_reward
 from tiltjax.losses.penalties import kl_k1
 from tiltjax.losses.policy_gradient import aggregate
@@ -183,7 +182,7 @@ def best_and_worst(now: Round, batch: Batch) -> Batch:
 
 def preferences(reward: Float[Array, "B N"]) -> Float[Array, "B N N"]:
     """Probability that candidate i is preferred to candidate j: Bradley and Terry's, of the rewards in nats."""
-    return bradley_terry(reward)
+    return jax.nn.sigmoid(reward[..., :, None] - reward[..., None, :])
 
 
 def judged(now: Round, batch: Batch) -> Batch:
