@@ -52,7 +52,6 @@ from tiltjax.tilt.temperature import beta_for_ess
 from tiltjax.train import distributed, evaluate
 from tiltjax.train.config import from_flags
 from tiltjax.train.distributed import Hosts
-from tiltjax.train.learned_reward import source_of
 from tiltjax.train.metrics import bootstrap_interval
 from tiltjax.train.streams import stream
 
@@ -84,8 +83,7 @@ def run(config: AlignConfig) -> dict[str, Any]:
         held_out, texts = world.rollout("heldout", world.model, name="heldout")
         results, samples = compare(world, held_out, texts, tuned)
         if config.method != "soft_best_of_n":
-            source = source_of(config.policy)
-            pretrained.save(tuned, directory / "hf", source=source, tokenizer=world.tokenizer, overwrite=True)
+            pretrained.save(tuned, directory / "hf", source=config.policy, tokenizer=world.tokenizer, overwrite=True)
         write = functools.partial(reporting.write, reward=reward, train=estimates)
         distributed.by_main(lambda: write(directory, config, results, samples))
     return results

@@ -242,11 +242,10 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
                 f"microbatches must divide the {config.batch_size // places} prompts of each device "
                 f"where mapping=pmap, got {config.microbatches}"
             )
-    source = text.find_embedded_gguf() if config.policy == "smollm2" else config.policy
-    tokenizer = text.load_tokenizer(source)
+    tokenizer = text.load_tokenizer(config.policy)
     dtype = fast_dtype() if config.compute_dtype == "auto" else config.compute_dtype
     model = pretrained.load(
-        source,
+        config.policy,
         compute_dtype=dtype,
         remat=config.remat,
         attention=config.attention,

@@ -25,7 +25,8 @@ from absl import flags
 from safetensors.numpy import load_file
 
 from experiments.launch import program, run_program
-from tiltjax.data.text import find_embedded_gguf, load_tokenizer
+from tiltjax.data.text import load_tokenizer
+from tiltjax.files import find_embedded_gguf
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.matmul import dot

@@ -47,7 +47,7 @@ from tiltjax.train import distributed
 from tiltjax.train.config import check_fields, field, from_flags, output_field, seed_field
 from tiltjax.train.distributed import Hosts
 from tiltjax.train.hardware import compilation_cache_field
-from tiltjax.train.learned_reward import reward_all, save_reward_model, source_of
+from tiltjax.train.learned_reward import reward_all, save_reward_model
 from tiltjax.train.loop import fit
 from tiltjax.train.reward_model import (
     AGGREGATES,
@@ -209,7 +209,7 @@ def _run(config: RewardConfig, held: Run) -> dict[str, Any]:
         model = train(config, world, spec, learn.data)
         if kind in ("global", *LIKELIHOOD):  # The constant that comparisons leave open.
             spec = dataclasses.replace(spec, offset=_mean(spec, model, learn.data, **places))
-        export: dict[str, Any] = {"source": source_of(config.policy), "tokenizer": world.tokenizer}
+        export: dict[str, Any] = {"source": config.policy, "tokenizer": world.tokenizer}
         save_reward_model(model, spec, held.directory / kind / "model", overwrite=True, **export)
         held_out = _referred(world, spec, held_out)
         reading = evaluate(spec, model, held_out.data, **places)

@@ -24,7 +24,7 @@ from tiltjax.data.limits import check_positions, limit
 from tiltjax.models import pretrained
 from tiltjax.models.transformer import Transformer
 from tiltjax.train.hardware import fast_dtype
-from tiltjax.train.learned_reward import encode, source_of
+from tiltjax.train.learned_reward import encode
 from tiltjax.train.reward_model import WITH_MARGIN, Labelled, RewardSpec, step_ends
 from tiltjax.train.rollout import score_all
 from tiltjax.train.streams import generator
@@ -280,10 +280,9 @@ def judge(policy: str, config: AlignConfig, *, criterion: str, batch_size: int) 
     References:
       Lee et al., 2023, arXiv:2309.00267 (both orders, and the probabilities of the two answers).
     """
-    source = source_of(policy)
-    tokenizer = text.load_tokenizer(source)
+    tokenizer = text.load_tokenizer(policy)
     dtype = fast_dtype() if config.compute_dtype == "auto" else config.compute_dtype
-    model: Transformer = pretrained.load(source, compute_dtype=dtype, attention=config.attention)
+    model: Transformer = pretrained.load(policy, compute_dtype=dtype, attention=config.attention)
     limit(tokenizer, model.config)
     answers = text.encode_completions(tokenizer, ["A", "B"], eos=False)
 

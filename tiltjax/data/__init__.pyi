@@ -104,7 +104,6 @@ from .text import encode_completions_masked as encode_completions_masked
 from .text import encode_prompts as encode_prompts
 from .text import end_ids as end_ids
 from .text import eos_id as eos_id
-from .text import find_embedded_gguf as find_embedded_gguf
 from .text import pad_id as pad_id
 from .text import tokenizer_fingerprint as tokenizer_fingerprint
 from .tokenizer_files import load_tokenizer as load_tokenizer

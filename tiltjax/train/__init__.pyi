@@ -77,7 +77,6 @@ from .learned_reward import encode as encode
 from .learned_reward import load_reward_model as load_reward_model
 from .learned_reward import reward_all as reward_all
 from .learned_reward import save_reward_model as save_reward_model
-from .learned_reward import source_of as source_of
 from .loop import epoch_batches as epoch_batches
 from .lost import end as end
 from .lost import in_time as in_time

@@ -26,7 +26,7 @@ from tiltjax.train.reward_model import LIKELIHOOD, RewardSpec, make_reward
 from tiltjax.train.rollout import score_all
 from tiltjax.types import Array, Float
 
-__all__ = ["LearnedReward", "encode", "load_reward_model", "reward_all", "save_reward_model", "source_of"]
+__all__ = ["LearnedReward", "encode", "load_reward_model", "reward_all", "save_reward_model"]
 
 _FILE = "reward.json"
 
@@ -92,11 +92,6 @@ def reward_all(
     """
     options: dict[str, Any] = {"keep": ("ref_logp", "where"), "buckets": 1, "description": None}
     return np.asarray(score_all(model, candidates, scorer=scorer, batch_size=batch_size, sharding=sharding, **options))
-
-
-def source_of(policy: str) -> str | os.PathLike:
-    """What `tiltjax.models.pretrained.load` takes for a policy of the command line, where "smollm2" is the embedded."""
-    return text.find_embedded_gguf() if policy == "smollm2" else policy
 
 
 def save_reward_model(
@@ -214,7 +209,7 @@ def load_reward_model(
         raise ValueError(f"{folder / _FILE}: not a reward model ({error})") from None
     options: dict[str, Any] = {"compute_dtype": compute_dtype or fast_dtype()}
     reader = pretrained.load if spec.kind in LIKELIHOOD else heads.load
-    reference = pretrained.load(source_of(spec.reference), **options) if spec.kind == "dpo" else None
+    reference = pretrained.load(spec.reference, **options) if spec.kind == "dpo" else None
     model, tokenizer = reader(folder, **options), text.load_tokenizer(folder)
     parts: list[Any] = [model] if reference is None else [model, reference]
     for part in parts:
