@@ -10,6 +10,7 @@ with fixed points, cycles and chaos. Since the last term is positive, ``h(p) > r
 above the reference. All of it is computed in log-odds, where neither end loses digits.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -285,20 +286,12 @@ def two_cycles(ref: float, *, beta: float, eps: float, grid: int = 20_001) -> Cy
     check_positive("eps", eps)
     check_at_least("grid", grid, 2)
     origin = _logit(_check(ref, beta, eps, "variance", "reference"))
-
-    def once(x):
-        return origin + _gap(x, eps) / beta
-
-    points = jnp.linspace(origin, origin + 1 / (beta * eps**0.5), grid)
-    miss = once(once(points)) - points
+    points, miss = map(np.asarray, _two_rounds(origin, beta, eps, grid))
     turns = np.flatnonzero(np.sign(miss[1:]) != np.sign(miss[:-1]))
-    low, high = points[turns], points[turns + 1]
-    sign = jnp.sign(miss[turns + 1])
-    x = _bisect(lambda x: sign * (once(once(x)) - x), low, high)
-    tol = 1e-6 if x.dtype == jnp.float64 else 1e-2
-    x = x[np.asarray(once(x) - x > tol)]
-    slope = _gap_slope(x, eps) * _gap_slope(once(x), eps) / beta**2
-    return Cycles(p=np.asarray(jax.nn.sigmoid(jnp.stack([x, once(x)], axis=-1))), slope=np.asarray(slope))
+    found = _cycles(points[turns], points[turns + 1], np.sign(miss[turns + 1]), origin, beta, eps)
+    lower, rise, p, slope = map(np.asarray, found)
+    real = rise > (1e-6 if lower.dtype == np.float64 else 1e-2)
+    return Cycles(p=p[real], slope=slope[real])
 
 
 def expected_advantage(
@@ -427,6 +420,26 @@ def _logits(p, ref, beta, eps, steps, scale, kl_to):
         return x, x
 
     return jnp.concatenate([start[None], jax.lax.scan(step, start, length=steps)[1]])
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _two_rounds(origin, beta, eps, grid):
+    """A grid of log-odds, and by how much two rounds move each point."""
+    points = jnp.linspace(origin, origin + 1 / (beta * eps**0.5), grid)
+    return points, _round(_round(points, origin, beta, eps), origin, beta, eps) - points
+
+
+@jax.jit
+def _cycles(low, high, sign, origin, beta, eps):
+    """Where two rounds come back between ``low`` and ``high``: log-odds, move of one round, both p, slope of two."""
+    x = _bisect(lambda x: sign * (_round(_round(x, origin, beta, eps), origin, beta, eps) - x), low, high)
+    upper = _round(x, origin, beta, eps)
+    p = jax.nn.sigmoid(jnp.stack([x, upper], axis=-1))
+    return x, upper - x, p, _gap_slope(x, eps) * _gap_slope(upper, eps) / beta**2
+
+
+def _round(x, origin, beta, eps):
+    return origin + _gap(x, eps) / beta
 
 
 def _bisect(rising, low, high):
