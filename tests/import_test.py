@@ -48,15 +48,18 @@ def test_importing_the_library_loads_nothing_and_subpackages_come_when_asked(int
     status, out, err = interpreter(
         f"import tiltjax\nbefore = sorted(set({HEAVY!r}) & set(sys.modules))\n"
         "assert set(tiltjax.__all__) <= set(dir(tiltjax))\n"
-        "print(before, tiltjax.ops.__name__, 'jax' in sys.modules, tiltjax.types.__name__, 'jax' in sys.modules)"
+        f"print(before, tiltjax.ops.__name__, tiltjax.citation.__name__, sorted(set({HEAVY!r}) & set(sys.modules)))\n"
+        "print(tiltjax.types.__name__, 'jax' in sys.modules)"
     )
-    assert (status, out) == (0, "[] tiltjax.ops False tiltjax.types True"), err
+    assert (status, out) == (0, "[] tiltjax.ops citation []\ntiltjax.types True"), err
     with pytest.raises(AttributeError, match="module 'tiltjax' has no attribute 'trainers'"):
         tiltjax.trainers  # noqa: B018
 
 
 def test_all_names_every_subpackage():
-    assert sorted(tiltjax.__all__) == sorted(m.name for m in pkgutil.iter_modules(tiltjax.__path__))
+    """And beside them one function, because every user needs it once."""
+    assert sorted({*tiltjax.__all__} - {"citation"}) == sorted(m.name for m in pkgutil.iter_modules(tiltjax.__path__))
+    assert tiltjax.citation is tiltjax.papers.citation
 
 
 def rank(name):

@@ -16,20 +16,26 @@ also its own, ``tiltjax.losses.dpo_loss``, and loads on first use too.
     rewards     text -> float
     train       one step, two ways to map it over devices
     ops         the mathematics below
+    papers      where all this is from: ``tiltjax.citation("dpo")`` is its BibTeX
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tiltjax.papers import citation
 
 __version__ = "0.1.0"
 __all__ = [
     "advantages",
+    "citation",
     "data",
     "exact",
     "files",
     "losses",
     "models",
     "ops",
+    "papers",
     "rewards",
     "samplers",
     "tilt",
@@ -38,7 +44,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "citation":
+        return importlib.import_module("tiltjax.papers").citation
     if name in __all__:
         return importlib.import_module(f"tiltjax.{name}")
     raise AttributeError(f"module 'tiltjax' has no attribute {name!r}")
