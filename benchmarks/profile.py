@@ -28,7 +28,8 @@ if __name__ == "__main__":
 
 import jax
 
-from benchmarks import trace, workload
+from benchmarks import workload
+from tiltjax.analysis import trace
 from tiltjax.train.hardware import fast_dtype
 
 __all__ = ["main", "profile", "run"]

@@ -24,11 +24,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.launch import program, run_program
-from experiments.plan_chips import CHIPS, Prediction, predict
-from experiments.plan_hlo import Collective
 from experiments.plan_report import render
-from experiments.plan_shapes import SHAPES, Shape, policy_config
+from experiments.plan_shapes import SHAPES, policy_config
 from experiments.run_directory import locked
+from tiltjax.analysis import CHIPS, Collective, Prediction, Shape, predict
 from tiltjax.models.config import REMAT
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train.config import field, from_flags, output_field, write_text

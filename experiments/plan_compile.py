@@ -22,9 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from experiments import plan_hlo
-from experiments.plan_kept import kept
-from experiments.plan_shapes import Shape, num_parameters, step_flops
+from tiltjax.analysis import Shape, hlo, kept, num_parameters, step_flops
 from tiltjax.data.candidates import Candidates
 from tiltjax.models import lora
 from tiltjax.models.config import TransformerConfig
@@ -154,7 +152,7 @@ def analyse(job: Job, step: Step, compiled: Any) -> dict[str, Any]:
     """
     mesh = {name: int(size) for name, size in step.mesh.shape.items()}
     devices = math.prod(mesh.values())
-    counts = plan_hlo.count(compiled.as_text(), mesh)
+    counts = hlo.count(compiled.as_text(), mesh)
     stats, costs = compiled.memory_analysis(), compiled.cost_analysis()
     rows = mesh["data"] * mesh["fsdp"]
     head = (job.model.vocab_size, job.model.features)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.launch import command
-from experiments.plan_chips import CHIPS, Prediction
+from tiltjax.analysis import CHIPS, Prediction
 
 __all__ = ["render"]
 
@@ -20,7 +20,7 @@ def render(
     Args:
       config: `experiments.plan.PlanConfig`.
       result: Of `experiments.plan_compile.run`.
-      predicted: By the names of `experiments.plan_chips.CHIPS`.
+      predicted: By the names of `tiltjax.analysis.CHIPS`.
       checks: Of `experiments.plan.validate`, if it ran.
 
     Returns:

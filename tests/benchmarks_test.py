@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import children, compare, gpu, harness, profile, profile_report, report, trace, workload
+from benchmarks import children, compare, gpu, harness, profile, profile_report, report, workload
 from benchmarks.cases import CASES, SHAPES, case_named
+from tiltjax.analysis import trace
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import plan, plan_chips, plan_compile, plan_hlo
+from experiments import plan, plan_compile
 from experiments.plan import PlanConfig
 from experiments.plan_compile import Job
-from experiments.plan_hlo import Collective
-from experiments.plan_kept import kept
-from experiments.plan_shapes import SHAPES, Shape, num_parameters, policy_config, step_flops
+from experiments.plan_shapes import SHAPES, policy_config
+from tiltjax.analysis import Collective, Shape, chips, hlo, kept, num_parameters, step_flops
 from tiltjax.models import lora
 from tiltjax.models.config import config_to_hf
 from tiltjax.models.transformer import Transformer
@@ -48,7 +47,7 @@ def test_loops_count_as_often_as_they_run():
 
     x, w = jax.ShapeDtypeStruct((8, 16), "float32"), jax.ShapeDtypeStruct((5, 16, 16), "float32")
     compiled = jax.jit(nested).lower(x, w).compile()
-    counts = plan_hlo.count(compiled.as_text(), {"data": 1})
+    counts = hlo.count(compiled.as_text(), {"data": 1})
     assert counts.flops == 5 * 3 * 2 * 8 * 16 * 16
     assert counts.product_traffic == 5 * 3 * 4 * (8 * 16 + 16 * 16 + 8 * 16)
     assert compiled.cost_analysis()["flops"] < counts.flops / 2
@@ -57,7 +56,7 @@ def test_loops_count_as_often_as_they_run():
     assert not counts.unknown_loops
     until = jax.jit(lambda x: jax.lax.while_loop(lambda x: jnp.sum(x) < 9, lambda x: x @ x, x))
     text = until.lower(jax.ShapeDtypeStruct((4, 4), "float32")).compile().as_text()
-    assert len(plan_hlo.count(text, {"data": 1}).unknown_loops) == 1
+    assert len(hlo.count(text, {"data": 1}).unknown_loops) == 1
 
 
 def test_collectives_are_found_with_their_axes_and_bytes():
@@ -76,7 +75,7 @@ def test_collectives_are_found_with_their_axes_and_bytes():
         talk, mesh=mesh, in_specs=P(("data", "fsdp")), out_specs=P(("data", "fsdp")), check_vma=False
     )
     text = jax.jit(mapped).lower(jax.ShapeDtypeStruct((256, 8), "float32")).compile().as_text()
-    found = {(c.kind, c.axes): c for c in plan_hlo.count(text, dict(mesh.shape)).collectives}
+    found = {(c.kind, c.axes): c for c in hlo.count(text, dict(mesh.shape)).collectives}
     expected = {("all-reduce", "data"): 2 * bytes_ / 2, ("all-gather", "fsdp"): 3 * bytes_,
                 ("all-reduce", "data+fsdp"): 2 * bytes_ * 7 / 8, ("collective-permute", "data"): bytes_,
                 ("all-to-all", "fsdp"): bytes_ * 3 / 4}  # fmt: skip
@@ -101,8 +100,8 @@ def test_collectives_are_found_with_their_axes_and_bytes():
 )
 def test_groups_in_every_spelling(text, groups):
     opcode = "collective-permute" if "pairs" in text else "all-reduce"
-    instruction = plan_hlo.Instruction("x", "f32[]", opcode, (), "", text, False)
-    np.testing.assert_array_equal(plan_hlo.replica_groups(instruction, 8), groups)
+    instruction = hlo.Instruction("x", "f32[]", opcode, (), "", text, False)
+    np.testing.assert_array_equal(hlo.replica_groups(instruction, 8), groups)
 
 
 def test_operations_are_those_xla_counts_on_an_unrolled_model():
@@ -278,19 +277,19 @@ def test_operations_of_adapters():
 
 
 def test_time_is_that_of_the_slowest_link_and_unit():
-    h100, trillium = plan_chips.CHIPS["h100"], plan_chips.CHIPS["trillium"]
+    h100, trillium = chips.CHIPS["h100"], chips.CHIPS["trillium"]
     inside = Collective("all-gather", (0, 1, 2, 3), "fsdp", 1, 450e9)
     across = Collective("all-reduce", (0, 4, 8, 12), "data", 1, 50e9)
-    assert plan_chips.network_seconds(h100, [inside]) == 1.0
-    assert plan_chips.network_seconds(h100, [across]) == 0.5  # Two members, and so two cards, in every host.
-    assert plan_chips.network_seconds(h100, [inside, across]) == 1.5
-    assert plan_chips.network_seconds(trillium, [across]) == 0.25
-    assert plan_chips.network_seconds(trillium, [dataclasses.replace(across, group=(0, 256))]) is None
+    assert chips.network_seconds(h100, [inside]) == 1.0
+    assert chips.network_seconds(h100, [across]) == 0.5  # Two members, and so two cards, in every host.
+    assert chips.network_seconds(h100, [inside, across]) == 1.5
+    assert chips.network_seconds(trillium, [across]) == 0.25
+    assert chips.network_seconds(trillium, [dataclasses.replace(across, group=(0, 256))]) is None
     result = {"flops": {"counted": 989e12}, "traffic": {"least": 6.7e12}, "memory": {"peak": 81e9}}
-    p = plan_chips.predict(h100, result, [inside])
+    p = chips.predict(h100, result, [inside])
     assert (p.compute, p.memory, p.network, p.fits) == (1.0, 2.0, 1.0, False)
     assert (p.seconds, p.serial, p.bound) == (2.0, 4.0, "memory")
-    assert plan_chips.predict(plan_chips.CHIPS["h200"], result, []).fits
+    assert chips.predict(chips.CHIPS["h200"], result, []).fits
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from experiments.plan_hlo import Computation, Instruction, flops_of, parse
+from tiltjax.analysis.hlo import Computation, Instruction, flops_of, parse
 
 __all__ = ["Place", "Places", "Sum", "Trace", "Work", "places", "read", "sums"]
 
@@ -57,8 +57,8 @@ class Place:
 class Work:
     """A stretch of one thread's time in nanoseconds, and the operation it went into."""
 
-    start: int
-    end: int
+    start: int | float
+    end: int | float
     thread: str
     module: str
     operation: str
@@ -181,7 +181,7 @@ def _frames(text: str) -> Callable[[int], list[tuple[str, str, int]]]:
                 current[int(found[1])] = found[2] if found.re is _NAMED else [int(i) for i in found.groups()[1:]]
             else:
                 current = None
-    root = f"{pathlib.Path(__file__).parents[1]}{os.sep}"
+    root = f"{pathlib.Path(__file__).parents[2]}{os.sep}"
     stacks = tables.get("StackFrames", {})
     # A frame comes after its caller; where the first one names itself, the numbers of callers are one too high.
     shift = int(bool(stacks) and stacks[min(stacks)][1] >= min(stacks))
@@ -220,7 +220,7 @@ def read(folder: str | os.PathLike) -> Trace:
     for line in lines:
         found = stretches.setdefault(line.name, [])
         last: _Stretch = (0, 0, None, None)
-        began: tuple[int, int] | None = None
+        began: tuple[int | float, int] | None = None
         for event in sorted(line.events, key=lambda event: event.start_ns):
             stats, start, end = dict(event.stats), event.start_ns, event.end_ns
             if "hlo_op" in stats:
@@ -245,14 +245,14 @@ def read(folder: str | os.PathLike) -> Trace:
     return Trace(dict(runs), work)
 
 
-_Stretch = tuple[int, int, tuple[str, str] | None, int | None]
+_Stretch = tuple[int | float, int | float, tuple[str, str] | None, int | None]
 """From, to, and the operation, or the number of the task; neither is a wait."""
 
 
 def _innermost(stretches: list[_Stretch]) -> Iterator[_Stretch]:
     """Nested stretches as ones that follow each other, each instant given to the innermost."""
     open_: list[_Stretch] = []
-    now = 0
+    now: float = 0
     for one in [*sorted(stretches, key=lambda one: (one[0], -one[1])), (1 << 62, 1 << 62, None, None)]:
         while open_ and open_[-1][1] <= one[0]:
             _, end, *who = open_.pop()
@@ -282,12 +282,12 @@ def sums(trace: Trace, known: Places, key: Callable[[Place], Any]) -> dict[Any, 
         if name in labels:
             out[labels[name]].runs += runs
             out[labels[name]].flops += runs * known[name].flops
-    ends: list[tuple[int, int, Work]] = []
+    ends: list[tuple[int | float, int, Work]] = []
     for one in trace.work:
         if (one.module, one.operation) in labels:
             ends += [(one.start, 1, one), (one.end, -1, one)]
     at_work: dict[str, Work] = {}
-    before = 0
+    before: float = 0
     for now, change, one in sorted(ends, key=lambda end: end[:2]):
         for other in at_work.values():
             total = out[labels[other.module, other.operation]]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.plan_hlo import Collective
+from tiltjax.analysis.hlo import Collective
 
 __all__ = ["CHIPS", "Chip", "Prediction", "network_seconds", "predict"]
 
