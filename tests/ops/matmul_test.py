@@ -1,4 +1,5 @@
 import ast
+import functools
 import pathlib
 
 import chex
@@ -28,7 +29,17 @@ X, W, G = RNG.normal(size=(2, 3, 5)), RNG.normal(size=(5, 4)), RNG.normal(size=(
 
 
 def rounded(x, dtype):
-    return np.asarray(jnp.asarray(x, dtype), np.float64)
+    return np.asarray(np.asarray(x, dtype), np.float64)
+
+
+def exact_product(x, w, sums, batch):
+    """`jax.lax.dot_general` in float64."""
+    left, right = list("abcd"[: x.ndim]), list("efgh"[: w.ndim])
+    for i, j in zip((*batch[0], *sums[0]), (*batch[1], *sums[1]), strict=True):
+        right[j] = left[i]
+    free = [letter for letter in left + right if (letter in left) != (letter in right)]
+    out = [left[i] for i in batch[0]] + free
+    return np.einsum(f"{''.join(left)},{''.join(right)}->{''.join(out)}", np.float64(x), np.float64(w))
 
 
 @each_grid
@@ -55,42 +66,43 @@ def test_products_and_gradients_are_those_of_rounded_operands(dtype):
         y, pull = jax.vjp(lambda x, w: matmul(x, w, dtype), x, w)
         return y, *pull(g)
 
-    y, grad_x, grad_w = both(*(jnp.asarray(a, jnp.float32) for a in (X, W, G)))
+    y, grad_x, grad_w = both(*map(np.float32, (X, W, G)))
     x, w, g = (rounded(a, dtype) for a in (X, W, G))
     assert {a.dtype for a in (y, grad_x, grad_w)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(grad_x, g @ w.T, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(grad_w, np.einsum("abi,abo->io", x, g), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(dot(jnp.asarray(X[0]), jnp.asarray(W.T), dtype), x[0] @ w, rtol=1e-5, atol=1e-6)
+    dots = jax.jit(dot, static_argnums=2)(np.float32(X[0]), np.float32(W.T), dtype)
+    np.testing.assert_allclose(dots, x[0] @ w, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_keeps_the_type_of_what_it_is_of():
-    x, w = jnp.asarray(X, jnp.bfloat16), jnp.asarray(W, jnp.bfloat16)
-    grads = jax.grad(lambda x, w: jnp.sum(matmul(x, w, jnp.bfloat16)), argnums=(0, 1))(x, w)
+    x, w = X.astype(jnp.bfloat16), W.astype(jnp.bfloat16)
+    grads = jax.jit(jax.grad(lambda x, w: jnp.sum(matmul(x, w, jnp.bfloat16)), argnums=(0, 1)))(x, w)
     assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16]
 
 
 def test_a_transposed_copy_gives_the_same_outer_product():
-    x, y = jnp.asarray(X, jnp.bfloat16), jnp.asarray(G, jnp.bfloat16)
+    x, y = X.astype(jnp.bfloat16), G.astype(jnp.bfloat16)
     flat = jax.jit(transposed_outer)(x.reshape(6, 5), y.reshape(6, 4))
     np.testing.assert_allclose(flat, jax.jit(outer)(x, y), rtol=1e-6)
     np.testing.assert_allclose(flat, np.einsum("abi,abo->io", np.float64(x), np.float64(y)), rtol=1e-6)
 
 
 def test_one_row_is_multiplied_without_a_wide_copy_of_the_matrix():
-    x, w = jnp.asarray(RNG.normal(size=(1, 1, 64)), jnp.bfloat16), jnp.asarray(RNG.normal(size=(64, 300)), jnp.bfloat16)
+    x, w = (RNG.normal(size=shape).astype(jnp.bfloat16) for shape in ((1, 1, 64), (64, 300)))
     compiled = jax.jit(lambda x, w: matmul(x, w, jnp.bfloat16)).lower(x, w).compile()
     assert "f32[64,300]" not in compiled.as_text()
     np.testing.assert_allclose(compiled(x, w), np.float64(x) @ np.float64(w), rtol=1e-5, atol=1e-5)
-    assert dot(x[0], w.T, jnp.bfloat16).shape == (1, 300)
+    assert jax.eval_shape(lambda x, w: dot(x, w, jnp.bfloat16), x[0], w.T).shape == (1, 300)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("axis", [1, 0])
 @pytest.mark.parametrize("rows", [0, 1, 6])
 def test_a_turned_matrix_gives_the_same_products(rows, axis, dtype):
-    x, w = jnp.asarray(RNG.normal(size=(rows, 5)), jnp.float32), jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
-    y = jax.jit(lambda w, x: turned_matmul(w, x, dtype, axis=axis))(w.T, x if axis else x.T)
+    x, w = (RNG.normal(size=shape).astype(np.float32) for shape in ((rows, 5), (5, 4)))
+    y = np.asarray(jax.jit(lambda w, x: turned_matmul(w, x, dtype, axis=axis))(w.T, x if axis else x.T))
     assert (y.shape, y.dtype) == ((4, rows), jnp.dtype("float32"))
     np.testing.assert_allclose(y.T, rounded(x, dtype) @ rounded(w, dtype), rtol=1e-5, atol=1e-6)
 
@@ -114,17 +126,22 @@ def test_what_is_kept_is_stored_as_bits_and_changes_no_number():
 
     assert stored(keep=True) == [X.shape]
     assert stored(keep=False) == []
-    plain = jax.grad(lambda x, w: loss(x, w, keep=False), argnums=(0, 1))(x, w)
-    kept = jax.grad(jax.checkpoint(lambda x, w: loss(x, w, keep=True), policy=policy), argnums=(0, 1))(x, w)
+    plain = jax.jit(jax.grad(lambda x, w: loss(x, w, keep=False), argnums=(0, 1)))(x, w)
+    kept = jax.checkpoint(lambda x, w: loss(x, w, keep=True), policy=policy)
+    kept = jax.jit(jax.grad(kept, argnums=(0, 1)))(x, w)
     chex.assert_trees_all_equal(kept, plain)
 
 
 def test_scaled_rows_and_their_gradients():
-    x, factor, grad = jnp.asarray(X), jnp.asarray(G[..., 0]), jnp.asarray(RNG.normal(size=X.shape))
-    y, pull = jax.vjp(scale_rows, x, factor)
-    expected, plain = jax.vjp(lambda x, f: x * f[..., None], x, factor)
-    np.testing.assert_allclose(y, expected, rtol=1e-6)
-    chex.assert_trees_all_close(pull(grad), plain(grad), rtol=1e-5, atol=1e-6)
+    x, factor, grad = map(np.float32, (X, G[..., 0], RNG.normal(size=X.shape)))
+
+    @jax.jit
+    def both(x, factor, grad):
+        y, pull = jax.vjp(scale_rows, x, factor)
+        expected, plain = jax.vjp(lambda x, f: x * f[..., None], x, factor)
+        return (y, pull(grad)), (expected, plain(grad))
+
+    chex.assert_trees_all_close(*both(x, factor, grad), rtol=1e-5, atol=1e-6)
 
 
 FORMS = {
@@ -140,13 +157,19 @@ FORMS = {
 }
 
 
+@functools.cache
+def slopes(form):
+    *_, sums, batch = FORMS[form]
+    return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w, sums, batch))), argnums=(0, 1)))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_product_runs_whatever_is_made_of_it(form, dtype):
     """XLA folds a transposition into the product, before it or behind it, and may not be able to run the result."""
     x_shape, w_shape, sums, batch = FORMS[form]
-    x, w = (jnp.asarray(RNG.normal(size=shape), dtype) for shape in (x_shape, w_shape))
-    exact = np.asarray(jax.lax.dot_general(np.float64(x), np.float64(w), (sums, batch)))
+    x, w = (np.asarray(RNG.normal(size=shape), dtype) for shape in (x_shape, w_shape))
+    exact = exact_product(x, w, sums, batch)
 
     @jax.jit
     def uses(x, w):
@@ -163,9 +186,8 @@ def test_every_form_of_a_product_runs_whatever_is_made_of_it(form, dtype):
     np.testing.assert_allclose(looped, np.swapaxes(exact, -1, -2), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.float64(narrow), np.moveaxis(exact, -1, 0), rtol=0.01, atol=0.01)
     np.testing.assert_allclose(summed, np.swapaxes(exact, 0, -1).sum(axis=0), rtol=1e-5, atol=1e-5)
-    grads = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w, sums, batch))), argnums=(0, 1)))(x, w)
-    wide = jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w, sums, batch))), argnums=(0, 1))
-    for narrow, other in zip(grads, wide(*(a.astype(jnp.float32) for a in (x, w))), strict=True):
+    wide = slopes(form)(np.asarray(x, np.float32), np.asarray(w, np.float32))
+    for narrow, other in zip(slopes(form)(x, w), wide, strict=True):
         assert narrow.dtype == dtype
         np.testing.assert_allclose(np.float64(narrow), other, rtol=0.02, atol=0.02)
 

@@ -12,6 +12,8 @@ from tiltjax.ops.order import expected_max, pass_at_k, pass_at_k_bound, plackett
 
 RNG = np.random.default_rng(0)
 largest = jax.jit(expected_max, static_argnames="n")
+passes = jax.jit(pass_at_k, static_argnames=("num_samples", "k"))
+bound_of = jax.jit(pass_at_k_bound, static_argnames="k")
 REWARD = RNG.normal(size=(4, 9)).astype(np.float32)
 WHERE = np.array([[1] * 9, [1, 0, 1, 1, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 1, 1, 0, 0], [1] + [0] * 8], bool)
 
@@ -21,17 +23,17 @@ def mean_of_maxima(row, n):
 
 
 class ExpectedMaxTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_device=True)
+    @chex.variants(with_jit=True)
     @parameterized.parameters(1, 2, 5, 9)
     def test_is_the_mean_over_all_subsets(self, n):
-        out = self.variant(lambda r: expected_max(r, n=n))(jnp.asarray(REWARD))
+        out = self.variant(lambda r: expected_max(r, n=n))(REWARD)
         np.testing.assert_allclose(out, [mean_of_maxima(r.astype(np.float64), n) for r in REWARD], rtol=1e-5)
 
     @chex.variants(with_jit=True)
     @parameterized.parameters(1, 3, 4)
     def test_masked_is_sliced_and_too_few_give_zero(self, n):
         dirty = np.where(WHERE, REWARD, RNG.choice([np.nan, np.inf, -np.inf, 7], size=REWARD.shape)).astype(np.float32)
-        out = self.variant(lambda r, w: expected_max(r, n=n, where=w))(jnp.asarray(dirty), jnp.asarray(WHERE))
+        out = self.variant(lambda r, w: expected_max(r, n=n, where=w))(dirty, WHERE)
         rows = [r[w].astype(np.float64) for r, w in zip(REWARD, WHERE, strict=True)]
         expected = [mean_of_maxima(r, n) if len(r) >= n else 0 for r in rows]
         np.testing.assert_allclose(out, expected, rtol=1e-5)
@@ -42,7 +44,7 @@ class ExpectedMaxTest(chex.TestCase):
         chex.assert_trees_all_close(largest(REWARD.reshape(2, 2, 9), n=3), flat.reshape(2, 2))
 
 
-@pytest.mark.parametrize("n", [1, 2, 100, 999, 1000])
+@pytest.mark.parametrize("n", [1, 100, 999, 1000])
 def test_a_thousand_draws_against_exact_binomials(n):
     reward = RNG.normal(size=1000).astype(np.float32) + 1000
     ascending = np.sort(reward.astype(np.float64))
@@ -64,12 +66,12 @@ def test_is_unbiased():
 
 
 def test_gradient_of_the_largest_and_of_the_mean():
-    row = jnp.asarray(REWARD[0])
+    row = REWARD[0]
     of_largest, of_mean = (jax.jit(jax.grad(lambda r, n=n: expected_max(r, n=n)))(row) for n in (9, 1))
     np.testing.assert_allclose(of_largest, np.eye(9)[REWARD[0].argmax()], atol=1e-6)
     np.testing.assert_allclose(of_mean, np.full(9, 1 / 9), rtol=1e-4)
-    nothing = jnp.zeros(9, bool)
-    bad = jnp.full(9, jnp.nan)
+    nothing = np.zeros(9, bool)
+    bad = np.full(9, np.float32(np.nan))
     value, grad = jax.jit(jax.value_and_grad(lambda r: expected_max(r, n=2, where=nothing)))(bad)
     assert value == 0
     np.testing.assert_array_equal(grad, np.zeros(9))
@@ -88,7 +90,7 @@ def test_pass_at_k_is_unbiased_where_the_plug_in_is_not():
     n, k, p = 10, 3, 0.3
     with jax.enable_x64(True):
         chance = np.array([math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)])
-        unbiased = np.dot(chance, pass_at_k(jnp.arange(n + 1), num_samples=n, k=k))
+        unbiased = np.dot(chance, passes(np.arange(n + 1), num_samples=n, k=k))
     plug_in = np.dot(chance, 1 - (1 - np.arange(n + 1) / n) ** k)
     np.testing.assert_allclose(unbiased, 1 - (1 - p) ** k, atol=1e-12)
     assert round(plug_in - (1 - (1 - p) ** k), 3) == -0.043
@@ -97,9 +99,9 @@ def test_pass_at_k_is_unbiased_where_the_plug_in_is_not():
 @pytest.mark.parametrize("k", [1, 4, 7])
 def test_pass_at_k_is_the_expected_largest_of_zeros_and_ones(k):
     correct = RNG.random((6, 9)) < np.linspace(0, 1, 6)[:, None]
-    c = jnp.asarray(correct.sum(-1))
+    c = correct.sum(-1)
     out = largest(np.float32(correct), n=k)
-    np.testing.assert_allclose(out, pass_at_k(c, num_samples=9, k=k), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(out, passes(c, num_samples=9, k=k), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 10])
@@ -115,7 +117,7 @@ def test_rankings_are_drawn_without_replacement():
     score, where = np.array([0.5, np.nan, -1.0, 2.0], np.float32), np.array([True, False, True, True])
     rankings = np.array(list(itertools.permutations([0, 2, 3])), np.int32)
     full = np.insert(rankings, 1, 1, axis=-1)  # The masked item stands second, wherever that is.
-    logp = plackett_luce_logp(np.tile(score, (6, 1)), full, where=np.tile(where, (6, 1)))
+    logp = jax.jit(plackett_luce_logp)(np.tile(score, (6, 1)), full, where=np.tile(where, (6, 1)))
     a, b, c = np.moveaxis(np.exp(score.astype(np.float64))[rankings], -1, 0)
     np.testing.assert_allclose(np.exp(logp), a / (a + b + c) * b / (b + c), rtol=1e-6)
     np.testing.assert_allclose(np.exp(logp).sum(), 1, rtol=1e-6)
@@ -128,7 +130,7 @@ def test_pass_at_k_bound_holds_for_every_law_of_the_pass_rate(k):
     variance = (law * rate**2).sum(-1) - mean**2
     exact = (law * (1 - (1 - rate) ** k)).sum(-1)
     with jax.enable_x64(True):
-        bound = np.asarray(pass_at_k_bound(mean, variance, k=k))
+        bound = np.asarray(bound_of(mean, variance, k=k))
     assert (bound >= exact - 1e-12).all()
     assert (bound <= 1).all()
     if k == 2:
@@ -138,8 +140,7 @@ def test_pass_at_k_bound_holds_for_every_law_of_the_pass_rate(k):
     # Prompts of one and the same pass rate, small ones included, in single precision.
     even = np.float32([0, 1e-6, 1e-3, 0.4, 1])
     expected = -np.expm1(k * np.log1p(-even[:-1].astype(np.float64)))
-    for call in (pass_at_k_bound, jax.jit(pass_at_k_bound, static_argnames="k")):
-        np.testing.assert_allclose(call(even, np.zeros_like(even), k=k), [*expected, 1], rtol=1e-6)
+    np.testing.assert_allclose(bound_of(even, np.zeros_like(even), k=k), [*expected, 1], rtol=1e-6)
 
 
 def test_pass_at_k_bound_turns_round_at_one_draw():
@@ -148,6 +149,5 @@ def test_pass_at_k_bound_turns_round_at_one_draw():
     for k in (1, 0, 1.5):
         with pytest.raises(ValueError, match=rf"k must be at least 2, got {k}"):
             pass_at_k_bound(jnp.float32(1 / 3), jnp.float32(1 / 9), k=k)
-    one = jnp.float32(1)
-    gradient = jax.grad(lambda m, v: pass_at_k_bound(m, v, k=4), (0, 1))(one, 0 * one)
+    gradient = jax.jit(jax.grad(lambda m, v: pass_at_k_bound(m, v, k=4), (0, 1)))(1.0, 0.0)
     np.testing.assert_array_equal(gradient, [0, 0])
