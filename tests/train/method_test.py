@@ -353,7 +353,8 @@ def test_a_completion_masked_as_a_whole_counts_for_the_others_only():
     """Baselines and labels are those of all candidates; the loss has the others."""
     method = dataclasses.replace(get_method("rloo"), draw=(("current", 4),))
     players = loop.init_players(method, TABLE, TX)
-    candidates = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
+    collect = jax.jit(lambda players: loop.collect(method, players, prompts(), jax.random.key(0), sample=sample))
+    candidates = collect(players)
     cut = np.arange(16).reshape(4, 4) % 3 == 0
     masked = dataclasses.replace(candidates, loss_mask=candidates.completion_mask & ~cut[..., None])
     run = jax.jit(lambda c: loop.prepare(method, players, c, score(c), jax.random.key(1), view=view, beta=0.5)[1])
@@ -546,12 +547,16 @@ def test_at_beta_0_nothing_depends_on_the_reference(name):
     """Not even where it rules out a token that was drawn: 0 times an infinite log-ratio is not 0."""
     method = get_method(name)
     players = loop.init_players(method, TABLE, TX)
-    candidates = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
     options = {"view": view, "tx": TX, "beta": 0.0}
-    fit = jax.jit(lambda held: loop.fit(method, held, candidates, score(candidates), jax.random.key(1), **options)[0])
-    reached = []
-    for reference in (TABLE, OTHER, {**TABLE, "logits": TABLE["logits"].at[..., 2].set(-jnp.inf)}):
-        reached.append(fit(dataclasses.replace(players, reference=reference)).state.params)
+
+    @jax.jit
+    def fit(reference):
+        candidates = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
+        held = dataclasses.replace(players, reference=reference)
+        return loop.fit(method, held, candidates, score(candidates), jax.random.key(1), **options)[0].state.params
+
+    ruled_out = np.where(np.arange(V) == 2, np.float32(-np.inf), TABLE["logits"])
+    reached = [fit(reference) for reference in (TABLE, OTHER, {**TABLE, "logits": ruled_out})]
     assert np.isfinite(np.asarray(reached[0]["logits"])).all()
     for other in reached[1:]:
         chex.assert_trees_all_equal(other, reached[0])
