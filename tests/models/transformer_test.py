@@ -124,7 +124,8 @@ def test_prefill_and_steps_give_the_scorers_log_probabilities(name, dtype, atol)
     for rows in (None, B * N, 64):
         turned = jax.eval_shape(lambda m, rows=rows: m.unstacked(rows), model).blocks[0].up.turned
         assert turned == (rows is not None and (dtype == "float32" or rows == 64))
-    expected, found, _ = scored_and_decoded(model, prompt, prompt_mask, completion, rows=(None, 64))
+    kinds = (None, 64) if name in ("llama", "neox") else (64,)  # A kernel is turned alike with and without a window.
+    expected, found, _ = scored_and_decoded(model, prompt, prompt_mask, completion, rows=kinds)
     for logp in found:
         np.testing.assert_allclose(logp, expected, atol=atol)
 
