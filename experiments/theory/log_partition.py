@@ -96,7 +96,7 @@ def _enumerated(beta: float, n: int) -> dict[str, tuple[float, float]]:
 def _errors_by_counts(beta: float, n: int) -> dict[str, float]:
     """Exact root mean square errors, by how often each arm of the standard bandit is drawn: for many candidates."""
     w = np.asarray(bandit.tilted(REF, REWARD, beta=beta)) / REF
-    squares = np.zeros(len(ESTIMATORS))
+    squares, log_factorial = np.zeros(len(ESTIMATORS)), special.gammaln(np.arange(n + 1) + 1.0)
     for first, second in itertools.product(range(n + 1), repeat=2):
         if (left := n - first - second) < 0:
             continue
@@ -104,7 +104,7 @@ def _errors_by_counts(beta: float, n: int) -> dict[str, float]:
         others = others[:, others.sum(0) <= left]
         begun = np.broadcast_to([[first], [second]], (2, others.shape[1]))
         counts = np.concatenate([begun, others, left - others.sum(0, keepdims=True)])
-        chance = np.exp(special.gammaln(n + 1) - special.gammaln(counts + 1).sum(0) + np.log(REF) @ counts)
+        chance = np.exp(log_factorial[n] - log_factorial[counts].sum(0) + np.log(REF) @ counts)
         total = w @ counts
         plain = np.log(total / n)
         without = np.log(np.maximum(total - w[:, None], 1e-300) / (n - 1))

@@ -1,5 +1,6 @@
 import pytest
 
+from experiments.theory import misspecification
 from tests.experiments.theory.page import check
 
 FAMILIES = (
@@ -11,5 +12,6 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_claim_fails(name, tmp_path):
+def test_no_claim_fails(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(misspecification, "WORLDS", 100)
     check(name, tmp_path)
