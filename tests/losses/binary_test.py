@@ -8,10 +8,15 @@ from jax.sharding import Mesh, PartitionSpec
 from scipy.optimize import brentq
 from scipy.special import expit, softmax
 
+from tests.compiled import compiled
 from tests.losses.tabular import minimiser
 from tiltjax.losses.binary import bco_loss, bco_shift, info_nca_loss, kto_loss, nca_loss, nca_pair_loss
 from tiltjax.losses.preference import dpo_loss
 from tiltjax.ops.masked import Average
+
+bco_loss, bco_shift, dpo_loss, info_nca_loss, kto_loss, nca_loss, nca_pair_loss = map(
+    compiled, (bco_loss, bco_shift, dpo_loss, info_nca_loss, kto_loss, nca_loss, nca_pair_loss)
+)
 
 RNG = np.random.default_rng(0)
 LOGP = (-3 * RNG.gamma(2.0, size=(5, 16))).astype(np.float32)

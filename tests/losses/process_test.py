@@ -9,6 +9,7 @@ from absl.testing import parameterized
 from scipy.optimize import minimize
 from scipy.special import expit, softmax
 
+from tests.compiled import compiled
 from tiltjax.losses.binary import nca_loss, nca_pair_loss
 from tiltjax.losses.preference import dpo_loss
 from tiltjax.losses.process import (
@@ -21,6 +22,37 @@ from tiltjax.losses.process import (
     implicit_q,
     step_index,
     step_reward,
+)
+
+(
+    aggregate_steps,
+    dpo_loss,
+    implicit_prm_ce_loss,
+    implicit_prm_dpo_loss,
+    implicit_prm_kto_loss,
+    implicit_prm_nca_loss,
+    implicit_process_reward,
+    implicit_q,
+    nca_loss,
+    nca_pair_loss,
+    step_index,
+    step_reward,
+) = map(
+    compiled,
+    (
+        aggregate_steps,
+        dpo_loss,
+        implicit_prm_ce_loss,
+        implicit_prm_dpo_loss,
+        implicit_prm_kto_loss,
+        implicit_prm_nca_loss,
+        implicit_process_reward,
+        implicit_q,
+        nca_loss,
+        nca_pair_loss,
+        step_index,
+        step_reward,
+    ),
 )
 
 RNG = np.random.default_rng(0)

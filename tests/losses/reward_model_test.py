@@ -7,6 +7,7 @@ from absl.testing import parameterized
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, log_softmax
 
+from tests.compiled import compiled
 from tiltjax.losses.preference import dpo_loss, plackett_luce_dpo_loss
 from tiltjax.losses.reward_model import (
     bradley_terry_loss,
@@ -16,6 +17,31 @@ from tiltjax.losses.reward_model import (
     plackett_luce_loss,
     process_class_loss,
     process_loss,
+)
+
+(
+    bradley_terry_loss,
+    cost_model_loss,
+    dpo_loss,
+    labelled_steps,
+    outcome_loss,
+    plackett_luce_dpo_loss,
+    plackett_luce_loss,
+    process_class_loss,
+    process_loss,
+) = map(
+    compiled,
+    (
+        bradley_terry_loss,
+        cost_model_loss,
+        dpo_loss,
+        labelled_steps,
+        outcome_loss,
+        plackett_luce_dpo_loss,
+        plackett_luce_loss,
+        process_class_loss,
+        process_loss,
+    ),
 )
 
 RNG = np.random.default_rng(0)

@@ -7,6 +7,7 @@ from absl.testing import parameterized
 from scipy.optimize import brentq
 from scipy.special import expit, lambertw, log_expit, log_softmax, softmax
 
+from tests.compiled import compiled
 from tests.losses.tabular import minimiser, ordered_pairs
 from tiltjax.losses import preference
 from tiltjax.losses.preference import (
@@ -17,6 +18,10 @@ from tiltjax.losses.preference import (
     dpop_loss,
     implicit_reward,
     robust_dpo_loss,
+)
+
+chi_po_loss, divergence_link, dpo_loss, dpo_nll_loss, dpop_loss, implicit_reward, robust_dpo_loss = map(
+    compiled, (chi_po_loss, divergence_link, dpo_loss, dpo_nll_loss, dpop_loss, implicit_reward, robust_dpo_loss)
 )
 
 RNG = np.random.default_rng(0)

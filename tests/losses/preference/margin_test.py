@@ -9,6 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
 
+from tests.compiled import compiled
 from tests.losses.tabular import minimiser, ordered_pairs
 from tiltjax.losses.preference import (
     aot_loss,
@@ -21,6 +22,33 @@ from tiltjax.losses.preference import (
     hinge_loss,
     ipo_loss,
     slic_loss,
+)
+
+(
+    aot_loss,
+    aot_unpaired_loss,
+    apo_down_loss,
+    apo_zero_loss,
+    discopop_loss,
+    dpo_loss,
+    exo_loss,
+    hinge_loss,
+    ipo_loss,
+    slic_loss,
+) = map(
+    compiled,
+    (
+        aot_loss,
+        aot_unpaired_loss,
+        apo_down_loss,
+        apo_zero_loss,
+        discopop_loss,
+        dpo_loss,
+        exo_loss,
+        hinge_loss,
+        ipo_loss,
+        slic_loss,
+    ),
 )
 
 RNG = np.random.default_rng(0)

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from scipy.special import log_expit
 
+from tests.compiled import compiled
 from tests.losses.tabular import minimiser
 from tiltjax.losses.preference import dpo_loss, ipl_loss, plackett_luce_dpo_loss
+
+dpo_loss, ipl_loss, plackett_luce_dpo_loss = map(compiled, (dpo_loss, ipl_loss, plackett_luce_dpo_loss))
 
 RNG = np.random.default_rng(0)
 LOGP = (-3 * RNG.gamma(2.0, size=(7, 4))).astype(np.float32)

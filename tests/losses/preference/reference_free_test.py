@@ -6,7 +6,12 @@ import pytest
 from absl.testing import parameterized
 from scipy.special import log_expit
 
+from tests.compiled import compiled
 from tiltjax.losses.preference import cpo_loss, dpo_loss, local_reward_loss, orpo_loss, simpo_loss
+
+cpo_loss, dpo_loss, local_reward_loss, orpo_loss, simpo_loss = map(
+    compiled, (cpo_loss, dpo_loss, local_reward_loss, orpo_loss, simpo_loss)
+)
 
 RNG = np.random.default_rng(0)
 LOGP = (-3 * RNG.gamma(2.0, size=(7, 2))).astype(np.float32)

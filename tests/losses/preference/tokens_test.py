@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
+from tests.compiled import compiled
 from tiltjax.losses.preference import length_desensitised_logp, wpo_weights
+
+length_desensitised_logp, wpo_weights = map(compiled, (length_desensitised_logp, wpo_weights))
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(3, 2, 6, 5))
