@@ -19,6 +19,7 @@ from tiltjax.data.limits import Limits, limit
 from tiltjax.models import pretrained
 from tiltjax.rewards.gate import score
 from tiltjax.train import learned_reward
+from tiltjax.train.methods import get_method
 from tiltjax.train.reward_model import RewardSpec, make_reward, new_model
 
 CASES = pathlib.Path(__file__).parents[1] / "cases"
@@ -171,7 +172,7 @@ def test_demonstrations_with_thoughts_are_learned_behind_an_open_tag():
     )
     tokenizer = text.load_tokenizer(case / "policy")
     rows = [PromptRow(prompt=row.prompt, columns=row.columns) for row in read(case / "told.jsonl", "supervised")]
-    given = align_given.load_given(config, align_world.METHODS["sft"], rows, tokenizer)
+    given = align_given.load_given(config, get_method("sft"), rows, tokenizer)
     assert tokenizer.decode(given.demonstrations[0][0]) == "one more\n</think>1<|im_end|>"
 
 
