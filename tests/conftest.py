@@ -40,3 +40,17 @@ def undisturbed():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def compilations():
+    """How many programs were compiled so far."""
+    seen = []
+
+    def listen(name, duration, **_):
+        if name.endswith("backend_compile_duration"):
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: len(seen)
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -288,20 +288,6 @@ class Killed(Exception):
     pass
 
 
-@pytest.fixture
-def compilations():
-    """How many programs were compiled so far."""
-    seen = []
-
-    def listen(name, duration, **_):
-        if name.endswith("backend_compile_duration"):
-            seen.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield lambda: len(seen)
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_cut_off_in_a_rollout_and_in_an_update_it_ends_with_the_same_bits(home, tmp_path, monkeypatch, compilations):
     """A record with everything: adapters, critics, a cost with its multiplier, several epochs, parameters on a mesh."""
     seen, made = [], {}

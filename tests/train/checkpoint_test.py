@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.train.worlds import tiny_model
 from tiltjax.models import lora
@@ -44,6 +46,30 @@ def test_restores_on_another_mesh(tmp_path):
     kernel = restored.params.blocks.up.kernel[...]
     assert kernel.sharding == like.params.blocks.up.kernel[...].sharding
     assert kernel.addressable_shards[0].data.shape == (1, 2, 32)
+
+
+def test_restores_what_orbax_wrote_by_its_standard_handler(tmp_path):
+    """As checkpoints of earlier versions were."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "1" / "state", {"['a']": jnp.arange(3.0), "['b']": jnp.ones(2, jnp.bfloat16)})
+    restored = checkpoint.restore(tmp_path, 1, {"a": jnp.zeros(3), "b": jnp.zeros(2, jnp.bfloat16)})
+    chex.assert_trees_all_equal(restored, {"a": jnp.arange(3.0), "b": jnp.ones(2, jnp.bfloat16)})
+
+
+def test_replicas_share_the_writing_of_large_arrays_only(tmp_path, compilations):
+    """Every share of another shape is a program to compile; of small arrays there may be many."""
+    place = NamedSharding(make_mesh("data:8"), PartitionSpec())
+    small = {str(n): jax.device_put(np.full(n, 1.5, np.float32), place) for n in range(8, 128, 8)}
+    large = {"large": jax.device_put(np.arange(8 * 2**18, dtype=np.float32), place)}
+    compiled = []
+    for step, tree in enumerate((small, large)):
+        before = compilations()
+        with checkpoint.Saver(tmp_path) as saver:
+            saver.save(step, tree)
+        compiled.append(compilations() - before)
+        chex.assert_trees_all_equal(checkpoint.restore(tmp_path, step, tree), tree)
+    copy_and_check = 2
+    assert compiled == [copy_and_check, copy_and_check + place.mesh.size]
 
 
 def test_only_the_newest_stay(tmp_path):

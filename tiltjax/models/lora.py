@@ -10,7 +10,7 @@ from tiltjax.models.layers import Linear
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.checks import check_at_least, check_choice
 from tiltjax.ops.matmul import matmul
-from tiltjax.types import Params, PRNGKey
+from tiltjax.types import Array, Params, PRNGKey
 
 __all__ = ["TARGETS", "add", "combine", "is_adapter", "merge", "partition"]
 
@@ -69,11 +69,16 @@ def merge(model: Transformer) -> Transformer:
         linear = getattr(model.blocks, name)
         if linear is None or linear.lora_a is None:
             continue
-        product = jax.vmap(lambda a, b: matmul(a, b, jnp.float32))(linear.lora_a[...], linear.lora_b[...])
-        linear.kernel = nnx.Param((linear.kernel[...] + product * linear.scale).astype(linear.kernel.dtype))
+        linear.kernel = nnx.Param(_merged(linear.kernel[...], linear.lora_a[...], linear.lora_b[...], linear.scale))
         linear.lora_a = linear.lora_b = nnx.data(None)
         linear.scale = 1.0
     return model
+
+
+@jax.jit
+def _merged(kernel: Array, a: Array, b: Array, scale: float | Array) -> Array:
+    product = jax.vmap(lambda a, b: matmul(a, b, jnp.float32))(a, b)
+    return (kernel + product * scale).astype(kernel.dtype)
 
 
 def is_adapter(path: tuple) -> bool:

@@ -264,7 +264,12 @@ class _Part:
 
     def fetch(self) -> np.ndarray:
         """Its value on this host."""
-        return _to_host(self.leaf if self.layer is None else self.leaf[self.layer])
+        return _to_host(self.leaf if self.layer is None else _layer(self.leaf, self.layer))
+
+
+@jax.jit
+def _layer(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
 def _plan(model: Transformer) -> dict[str, list[_Part]]:

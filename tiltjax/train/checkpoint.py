@@ -14,18 +14,20 @@ from concurrent import futures
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from tiltjax.train import distributed
 from tiltjax.train.finite import check_leaves, finite_leaves
+from tiltjax.train.sharding import copied
 from tiltjax.types import PyTree
 
 __all__ = ["Saver", "latest", "restore", "save"]
 
 _MANIFEST = "manifest.json"
 _LOG = logging.getLogger(__name__)
+_SMALLEST_SHARE = 1 << 20
+"""Bytes of an array below which a replica writes it whole: to share the writing takes a program per shape and device"""
 
 
 def save(
@@ -96,7 +98,7 @@ class Saver:
         if several:
             distributed.together(after)
         # The arrays of a CPU are read where they lie, and the next step may overwrite them.
-        begun = _begin(self._root, step, jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree)
+        begun = _begin(self._root, step, copied(tree) if jax.default_backend() == "cpu" else tree)
         finish = functools.partial(_finish, begun, self._keep, self._fingerprint)
         self._pending = finish if several else self._thread.submit(finish, after).result
 
@@ -180,7 +182,7 @@ class _Begun:
       finite: Paths of its leaves, and whether each is finite.
     """
 
-    checkpointer: ocp.StandardCheckpointer
+    checkpointer: ocp.AsyncCheckpointer
     part: pathlib.Path
     step: int
     finite: tuple[list[str], jax.Array]
@@ -197,11 +199,16 @@ def _begin(root: pathlib.Path, step: int, tree: PyTree) -> _Begun:
     distributed.by_main(make_room)
     arrays = distributed.replicate(_flat(tree))
     finite = finite_leaves(arrays)
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_SHARE)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
     # Directories that are made in the background leave threads that wait for ever where they cannot be made.
-    checkpointer = ocp.StandardCheckpointer(async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
+    checkpointer = ocp.AsyncCheckpointer(
+        ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )
     with _removed_on_error(part), _one_line(part), contextlib.ExitStack() as undo:
         undo.callback(checkpointer.close)
-        checkpointer.save(part / "state", arrays)
+        checkpointer.save(part / "state", args=ocp.args.PyTreeSave(arrays))
         undo.pop_all()
     return _Begun(checkpointer, part, step, finite)
 

@@ -7,7 +7,6 @@ is one round.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from tiltjax.ops.checks import check_at_least
 from tiltjax.ops.masked import Average, average
 from tiltjax.train.method import Batch, Feedback, Method, Players, Round, Sample, View, ViewFn
 from tiltjax.train.reference import soft_update
+from tiltjax.train.sharding import copied
 from tiltjax.train.state import TrainState, init_state
 from tiltjax.train.step import train_step
 from tiltjax.types import Array, Numeric, Params, PRNGKey, PyTree
@@ -39,7 +39,7 @@ def init_players(method: Method, params: Params, tx: optax.GradientTransformatio
     Returns:
       `Players`; the frozen ones are copies, so the policy's buffers may be donated.
     """
-    copies = [jax.tree.map(functools.partial(jnp.array, copy=True), params) for _ in range(3)]
+    copies = [copied(params) for _ in range(3)]
     memory = None if method.memory is None else method.memory.init(params)
     return Players(
         state=init_state(params, tx),
@@ -287,7 +287,7 @@ def _advance(method: Method, players: Players, state: TrainState, memory: PyTree
             begun = tx.init(state.params)
             opt_state = jax.tree.map(lambda new, old: jnp.where(due, new, old), begun, state.opt_state)
             state = dataclasses.replace(state, opt_state=opt_state)
-    previous = jax.tree.map(jnp.copy, players.state.params)
+    previous = copied(players.state.params)
     return dataclasses.replace(players, state=state, reference=reference, previous=previous, memory=memory, round=count)
 
 

@@ -141,7 +141,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copies parameters (or a state) to their places on the mesh; the copy may be donated."""
     # device_put alone may keep the caller's buffers, on the devices that had them already.
-    return jax.device_put(jax.tree.map(jnp.copy, tree), shardings(tree, mesh))
+    return jax.device_put(copied(tree), shardings(tree, mesh))
+
+
+@jax.jit
+def copied(tree: PyTree) -> PyTree:
+    """Copies of all arrays of a pytree, where they lie, by one program; they may be donated."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def sharded_step(step: Callable, state: TrainState, frozen: Params, mesh: Mesh) -> Callable:
