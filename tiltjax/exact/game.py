@@ -172,7 +172,8 @@ def minmax_winner(preference: Float[Array, "*batch n n"]) -> MinmaxWinner:
 
     .. math:: \max_q \min_j \sum_i q_i P_{ij}
 
-    One exists always; two clones, or arms that all tie, make a continuum. ``2 n + 1`` linear programs.
+    One exists always; two clones, or arms that all tie, make a continuum. Two linear programs, of ``n + 1`` and
+    ``2 n^2`` variables.
 
     Args:
       preference: ``[*batch, n, n]``, concrete.
@@ -191,6 +192,7 @@ def minmax_winner(preference: Float[Array, "*batch n n"]) -> MinmaxWinner:
     References:
       Dudik et al., 2015, arXiv:1502.06362 (the von Neumann winner).
     """
+    from scipy import sparse
     from scipy.optimize import linprog
 
     check_preference(preference)
@@ -208,9 +210,19 @@ def minmax_winner(preference: Float[Array, "*batch n n"]) -> MinmaxWinner:
             options=tight,
         )
         # Against a skew payoff every winner has value 0 exactly: the set is {q : A q <= 0}.
-        winners = {"A_ub": skew, "b_ub": np.zeros(n), "A_eq": np.ones((1, n)), "b_eq": [1], "bounds": (0, 1)}
-        ends = [[linprog(sign * arm, **winners, options=tight).fun for arm in np.eye(n)] for sign in (1, -1)]
-        return best.x[:n], (1 + best.x[n]) / 2, *np.abs(ends)
+        # Its lowest and highest entries are so many independent programs, which the solver is handed as one.
+        each = sparse.eye_array(2 * n)
+        ends = linprog(
+            np.concatenate([np.eye(n), -np.eye(n)]).ravel(),
+            A_ub=sparse.kron(each, skew, format="csr"),
+            b_ub=np.zeros(2 * n * n),
+            A_eq=sparse.kron(each, np.ones((1, n)), format="csr"),
+            b_eq=np.ones(2 * n),
+            bounds=(0, 1),
+            options=tight,
+        )
+        low, high = np.diagonal(ends.x.reshape(2, n, n), axis1=1, axis2=2)
+        return best.x[:n], (1 + best.x[n]) / 2, low, high
 
     solve_all = np.vectorize(solve, signature="(n,n)->(n),(),(n),(n)", otypes=[np.float64] * 4)
     policy, value, low, high = solve_all(np.asarray(preference, np.float64))
