@@ -38,7 +38,7 @@ SPARSE, DRAWS = 3, 8
 """Non-zero entries of the reward, and data sets drawn."""
 
 SWEEP_N, SWEEP_D, OTHER_N = (1600, 3200, 6400, 12800), (100, 200, 400), 6400
-FAST_N, FAST_D, FAST_OTHER_N = (1600, 3200, 6400), (100, 400), 3200
+FAST_N, FAST_D, FAST_OTHER_N = (800, 1600, 3200), (100, 400), 3200
 """Pairs at d = 100; dimensions, and pairs at them."""
 
 

@@ -1,5 +1,6 @@
 import pytest
 
+from experiments.theory import search
 from tests.experiments.theory.page import check
 
 FAMILIES = (
@@ -10,5 +11,7 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_no_claim_fails(name, tmp_path):
+def test_no_claim_fails(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "SIMULATIONS", (1, 30, 100, 1000))
+    monkeypatch.setattr(search, "SEARCHES", 64)
     check(name, tmp_path)
