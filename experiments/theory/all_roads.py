@@ -237,7 +237,8 @@ def _existence(fast: bool) -> list[Claim]:
         holds("Theorems 2.2 and 2.3 hold whatever the coverage and the number of the pairs",
               "negative log-likelihood of 60 r* on noiseless labels, nats: it has no minimum", clean[-1],
               f"less than at every smaller multiple ({clean[np.argmin(abs(scale - 1))]:.3f} at r*)",
-              (np.diff(clean) < 0).all() and not bool(tree.strongly_connected(_noiseless())), verdict="refuted"),
+              (np.diff(clean) < 0).all() and not bool(jax.jit(tree.strongly_connected)(_noiseless())),
+              verdict="refuted"),
         equal("A fit exists where each completion beat each other one through a chain of wins (Ford, 1957): "
               f"{sets} sets of {pairs} pairs of {arms} completions, {int(far.sum())} of them without",
               "sets where chain and bounded fit disagree", int((connected == far).sum()), 0, verdict="sharpened"),

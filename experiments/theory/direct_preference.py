@@ -233,7 +233,8 @@ def _contradictory() -> list[Claim]:
     averse = np.asarray(_kto_slopes(jnp.asarray(0.0), 2.0))
     clamped = np.abs(np.asarray(_kto_slopes(jnp.asarray(-2.0), 1.0)) - slopes[0]).max()
     odds = SKEWED[0] / SKEWED[1] * (MAJORITY / (1 - MAJORITY)) ** (1 / BETA)
-    certain = jax.vmap(jax.grad(lambda m, beta: dpo_loss(jnp.stack([m, 0 * m]), jnp.zeros(2), beta=beta)), (0, None))
+    slope = jax.grad(lambda m, beta: dpo_loss(jnp.stack([m, 0 * m]), jnp.zeros(2), beta=beta))
+    certain = jax.jit(jax.vmap(slope, (0, None)))
     margins = jnp.linspace(-20, 20, 81)
     steepest = max(float(jnp.max(certain(margins, beta))) for beta in (0.1, 1.0))
     tau = 0.5

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import special
 
 from experiments.theory.claims import PALETTE, Claim, Family, at_most, equal, holds, main
 from experiments.theory.compiled import bandit
@@ -54,17 +55,20 @@ def claims(fast: bool) -> Sequence[Claim]:
     return [*_winners(), *_steps(), *_circles(), *_magnetic(), *_harmonic(1000 if fast else 4000), *_resets()]
 
 
+_copeland = jax.jit(game.copeland_winners)
+
+
 def _winners() -> list[Claim]:
     tutorial = game.from_payoff(TUTORIAL)
     found = game.minmax_winner(tutorial)
-    names = ", ".join(np.array(list("abcd"))[np.asarray(game.copeland_winners(tutorial))])
+    names = ", ".join(np.array(list("abcd"))[np.asarray(_copeland(tutorial))])
     clones = game.from_payoff(CYCLE[np.ix_([0, 1, 2, 0], [0, 1, 2, 0])])
     cloned, every = game.minmax_winner(clones), game.minmax_winner(GAMES)
     width = cloned.high - cloned.low
     reward = np.random.default_rng(1).permuted(np.tile(np.linspace(0, 2, 5), (8, 1)), axis=-1)
     rewarded = game.bradley_terry(reward)
     best, worst = (np.eye(5)[pick] for pick in (reward.argmax(-1), reward.argmin(-1)))
-    both = [game.minmax_winner(rewarded).policy - best, np.asarray(game.copeland_winners(rewarded)) - best]
+    both = [game.minmax_winner(rewarded).policy - best, np.asarray(_copeland(rewarded)) - best]
     printed, right = (_magnets(p, np.full((8, 5), 0.2), 40)[-1] for p in (np.swapaxes(rewarded, -1, -2), rewarded))
     return [
         holds("Copeland winners are often not unique: in the tutorial's game of four options there are two",
@@ -121,7 +125,7 @@ def _steps() -> list[Claim]:
             + policy @ sppo_loss(x[4], logp, rates - (BETA - 1) / 2, beta=BETA)
         )
 
-    dno, inpo, magnetic, sppo, printed = np.asarray(jax.nn.softmax(minimiser(total, np.tile(logp, 5)).reshape(5, 5)))
+    dno, inpo, magnetic, sppo, printed = special.softmax(minimiser(total, np.tile(logp, 5)).reshape(5, 5), -1)
     weak = 20.0
 
     @jax.jit
@@ -181,7 +185,7 @@ def _circles() -> list[Claim]:
     rounds, betas = np.arange(1, 1001), jnp.array([20.0, 10.0, 5.0, 2.0, 1.0, 0.5, 0.25, 0.1])
     run = jax.jit(lambda p: game.iterate(lambda p, _: game.mirror_descent(p, GAMES, beta=betas), p, 1000))
     averages = np.cumsum(np.asarray(run(jnp.full((8, 5), 0.2)))[:-1], axis=0) / rounds[:, None, None]
-    bound = jax.vmap(lambda b: game.mirror_descent_bound(rounds, arms=5, beta=b), out_axes=1)(betas)
+    bound = jax.jit(jax.vmap(lambda b: game.mirror_descent_bound(rounds, arms=5, beta=b), out_axes=1))(betas)
     excess = np.asarray(_exploitability(GAMES, averages)) / np.asarray(bound)
     return [
         equal(f"The last policy of mirror descent moves away: rock, paper, scissors, from KL {away[0, 0]:.4f}",
@@ -220,7 +224,7 @@ def _magnetic() -> list[Claim]:
 
     distance = _away(_equilibrium(GAMES, REFS, 0.1), np.asarray(jax.jit(run)(jnp.asarray(POLICIES))))
     falls = functools.partial(game.magnetic_mirror_descent_bound, steps=np.arange(301), beta=0.1, step_size=0.4)
-    bound = np.asarray(jax.vmap(falls, out_axes=1)(distance[0]))
+    bound = np.asarray(jax.jit(jax.vmap(falls, out_axes=1))(distance[0]))
     # Linearised at the winner the map is a rotation: |1 + i s / sqrt(12)|^2 / (1 + beta s)^2 is what KL shrinks by.
     rate = np.log1p(step**2 / 12) - 2 * np.log1p(beta * step)
     return [
@@ -251,10 +255,13 @@ def _approach(steps: int, beta: float = 0.1) -> dict[str, tuple[np.ndarray, np.n
     paths, target = jax.jit(run)(jnp.asarray(POLICIES)), _equilibrium(GAMES, REFS, beta)
     rounds = np.arange(1, steps + 1)
     furthest = np.abs(np.log(paths["INPO"][1:]) - np.log(REFS)).max()
-    bounds = {
-        "Nash-MD": game.nash_md_bound(rounds, beta=beta),
-        "INPO": game.inpo_bound(rounds, beta=beta, log_ratio=furthest),
-    }
+
+    @jax.jit
+    def bounds_of(furthest):
+        inpo = game.inpo_bound(rounds, beta=beta, log_ratio=furthest)
+        return {"Nash-MD": game.nash_md_bound(rounds, beta=beta), "INPO": inpo}
+
+    bounds = bounds_of(furthest)
     return {k: (_away(target, np.asarray(paths[k][1:])), np.asarray(bounds[k])[:, None]) for k in methods}
 
 

@@ -240,7 +240,8 @@ def _completions() -> list[Claim]:
     V, H = 3, 3
     token = np.asarray(tree.completions(vocab_size=V, horizon=H))
     prefix = [np.arange(V**H) // V ** (H - t) for t in range(H)]
-    policy, ref = (tree.random_policy(jax.random.key(k), vocab_size=V, horizon=H) for k in (0, 1))
+    draw = jax.jit(functools.partial(tree.random_policy, vocab_size=V, horizon=H))
+    policy, ref = (draw(jax.random.key(k)) for k in (0, 1))
     policy, ref = ([jnp.asarray(level, float) for level in x] for x in (policy, ref))
     mask = jnp.full((V**H, H), True)
 
@@ -252,8 +253,8 @@ def _completions() -> list[Claim]:
             [level[i, token[:, t]] for t, (level, i) in enumerate(zip(levels(x), prefix, strict=True))], -1
         )
 
-    law = jax.lax.stop_gradient(jnp.exp(tree.sequence_logp(levels(policy))))
-    ref_logp, fixed = tokens(ref), jax.lax.stop_gradient(tokens(policy))
+    law = jax.jit(lambda x: jnp.exp(tree.sequence_logp(levels(x))))(policy)
+    ref_logp, fixed = map(jax.jit(tokens), (ref, policy))
     togo = reward_to_go(token_reward(jnp.zeros(V**H), kl_k1(fixed, ref_logp, mask), mask, beta=1.0), mask)
     losses = {
         "exact": lambda x: bandit.kl(jnp.exp(tree.sequence_logp(levels(x))), jnp.exp(tree.sequence_logp(levels(ref)))),

@@ -136,14 +136,17 @@ def _best_closed() -> np.ndarray:
     return none * rest + (1 - none) * HACKED_GOLD
 
 
+_fit = jax.jit(fit_overoptimisation, static_argnames="form")
+
+
 def _fits():
     """Gao's curves fitted to best-of-N up to 512 and to the tilts."""
     ref, gold, _ = _world()
     reward, kl = _best()
     at = _tilts()
     return (
-        fit_overoptimisation(kl[:10], reward[:10] - ref @ gold),
-        fit_overoptimisation(at["kl"], at["gold"] - ref @ gold, form="rl"),
+        _fit(kl[:10], reward[:10] - ref @ gold),
+        _fit(at["kl"], at["gold"] - ref @ gold, form="rl"),
     )
 
 
@@ -214,7 +217,7 @@ def _errors() -> list[Claim]:
     ref, gold, proxy = _grid(False)
     betas = np.array([4.0, 2.0, 1.0])
     tilts = {k: np.asarray(v) for k, v in _along(ref, gold, proxy, 1 / betas).items()}
-    fit = fit_overoptimisation(tilts["kl"], tilts["gold"])
+    fit = _fit(tilts["kl"], tilts["gold"])
     top = int(heavy.argmax())
     return [
         holds("Any error of the proxy is over-optimised in the end", "smallest gain of E[true] from doubling N, up to "

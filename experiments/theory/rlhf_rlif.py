@@ -38,8 +38,9 @@ def claims(fast: bool) -> Sequence[Claim]:
 @functools.lru_cache
 def _world() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """A random reference over 27 completions of three tokens, its log-probabilities, and independent normal rewards."""
-    levels = [np.asarray(x) for x in tree.random_policy(jax.random.key(0), vocab_size=V, horizon=L, scale=1.5)]
-    return levels, np.asarray(tree.sequence_logp(levels)), np.random.default_rng(1).normal(size=K)
+    draw = jax.jit(functools.partial(tree.random_policy, vocab_size=V, horizon=L, scale=1.5))
+    levels = [np.asarray(x) for x in draw(jax.random.key(0))]
+    return levels, np.asarray(jax.jit(tree.sequence_logp)(levels)), np.random.default_rng(1).normal(size=K)
 
 
 @jax.jit

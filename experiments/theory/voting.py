@@ -204,8 +204,7 @@ def _training() -> list[Claim]:
     ranked = np.take_along_axis(rewards, np.argsort(worlds, axis=1), axis=1)
     given, few = _empo(ANSWERS, N), _empo(ANSWERS, 4)
     mean, mean_few = ((1 + (n - 1) * ANSWERS) / n for n in (N, 4))
-    logits = jnp.log(jnp.asarray(ANSWERS))
-    collision = jax.grad(lambda z: jnp.sum(jnp.square(jax.nn.softmax(z))))(logits)
+    collision = jax.jit(jax.grad(lambda z: jnp.sum(jnp.square(jax.nn.softmax(z)))))(np.log(ANSWERS))
     return [
         equal("Trained on its own vote, the policy converges to its likeliest answer, and a right one is unlearned",
               f"mass of the likeliest answer after {len(policies) - 1} tilts of beta 1; .4 at first", policies[-1][1],
