@@ -31,6 +31,7 @@ import functools
 import logging
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -89,6 +90,9 @@ def run(config: AlignConfig) -> dict[str, Any]:
     return results
 
 
+_soft_best_of_n = jax.jit(soft_best_of_n)
+
+
 def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: Transformer) -> tuple[dict, list]:
     """Reference, soft best-of-N, theory and the tuned policy on the held-out prompts."""
     config, beta = world.config, world.config.report_beta
@@ -101,7 +105,7 @@ def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: T
         "best_of_n": evaluate.best_of_n_frontier(reward, ns=ns),
         "tilt": evaluate.tilt_frontier(reward, betas=np.geomspace(beta / 8, beta * 32, 17).tolist()),
     }
-    picked = soft_best_of_n(stream(config.seed, "soft best-of-n"), jnp.asarray(reward), beta=beta)
+    picked = _soft_best_of_n(stream(config.seed, "soft best-of-n"), jnp.asarray(reward), beta=beta)
     samples = [
         {
             "prompt": text.prompt_text(row.prompt),

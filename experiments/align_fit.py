@@ -117,8 +117,8 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
     kernel = method_kernel(config.method, beta=config.beta)
     if config.method == "tilted_mle" and config.fit_candidates:
         key = stream(config.seed, "resample")
-        weights = tilt(jnp.asarray(drawn.reward), beta=config.beta).weights
-        drawn = batches.select(drawn, np.asarray(resample(key, weights, num=config.fit_candidates)))
+        which = _tilted_draws(key, jnp.asarray(drawn.reward), config.beta, config.fit_candidates)
+        drawn = batches.select(drawn, np.asarray(which))
         kernel = method_kernel("sft", beta=config.beta)
     drawn = dataclasses.replace(drawn, old_token_logp=None)
     positions = batches.lengths(drawn) @ np.array([1, drawn.completion.shape[1]])
@@ -127,6 +127,12 @@ def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
     if config.pack:
         return (drawn, np.asarray(candidate_weights(kernel, drawn))), order, packed_objective(temperature=temperature)
     return drawn, order, likelihood_objective(kernel, temperature=temperature)
+
+
+@functools.partial(jax.jit, static_argnames="num")
+def _tilted_draws(key, reward, beta, num):
+    """``num`` candidates of every prompt, drawn with replacement by the weights of the tilt."""
+    return resample(key, tilt(reward, beta=beta).weights, num=num)
 
 
 def _masked(world: World, data: Candidates) -> Candidates:

@@ -128,8 +128,12 @@ def _soft_best_of_n(reward: Array, n: Array, beta: Any) -> tuple[Array, Array]:
 
 def best_of_n_frontier(reward: Float[Array, "P M"], *, ns: Sequence[int]) -> list[Point]:
     """Best-of-N: unbiased expected maximum, and the KL bound ``log N - (N-1)/N`` (an equality without ties)."""
-    best = jax.jit(expected_max, static_argnames="n")
-    return [_point("best-of-N", n, best(reward, n=n), np.full(len(reward), best_of_n_kl_bound(n))) for n in ns]
+    return [_point("best-of-N", n, *_best_of_n(reward, n)) for n in ns]
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def _best_of_n(reward: Array, n: int) -> tuple[Array, Array]:
+    return expected_max(reward, n=n), jnp.full(len(reward), best_of_n_kl_bound(n))
 
 
 def tilt_frontier(reward: Float[Array, "P M"], *, betas: Sequence[float]) -> list[Point]:
