@@ -125,12 +125,10 @@ def killed(settings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(settings, alone, killed):
-    """The same run, gone on by two new processes, which then improve the policy by a record and take a run over."""
+    """The same run, gone on by two new processes, which then take over the record that one has begun."""
     directory = killed["directory"]
-    taken_over = directory.with_name(f"{directory.name}-taken-over")
-    begun = f"checkpoints/{STEPS - 2}"
-    shutil.copytree(alone / begun, taken_over / begun)
-    shutil.copytree(alone / "candidates", taken_over / "candidates")
+    ours, theirs = (path.with_name(f"{path.name}-record") for path in (alone, directory))
+    shutil.copytree(ours / "checkpoints" / "2", theirs / "checkpoints" / "2")
     flags = flags_of(settings, directory)
     processes, logs = start_hosts(flags, directory, module="tests.train.hosts_main")
     try:
@@ -139,7 +137,7 @@ def resumed(settings, alone, killed):
         for process in processes:
             process.kill()
     assert statuses == [0, 0], [log.read_text() for log in logs]
-    return {"directory": directory, "taken over": taken_over, "logs": [log.read_text() for log in logs]}
+    return {"directory": directory, "logs": [log.read_text() for log in logs]}
 
 
 def test_a_killed_host_ends_the_other_in_time_and_with_a_message(killed):
@@ -174,13 +172,14 @@ def test_two_processes_end_where_one_does(alone, resumed):
             np.testing.assert_array_equal(theirs[column], ours[column])
 
 
-def test_a_record_improves_the_policy_of_two_processes_as_that_of_one(alone, resumed):
+def test_two_processes_go_on_with_a_record_of_one_as_that_one_does(alone, resumed):
     """Players on a mesh over both, prompts split between them, rewards of each host's own rows."""
     ours, theirs = (path.with_name(f"{path.name}-record") for path in (alone, resumed["directory"]))
     assert min(same_policies(alone, resumed, "-record")) > 1e-4
-    logged = [(path / "metrics.jsonl").read_text() for path in (ours, theirs)]
-    np.testing.assert_allclose(*map(numbers, logged), atol=1e-4, rtol=1e-4)
-    lines = [json.loads(line) for line in logged[1].splitlines()]
+    logged = [(path / "metrics.jsonl").read_text().splitlines() for path in (ours, theirs)]
+    np.testing.assert_allclose(*(numbers("\n".join(some[-2:])) for some in logged), atol=1e-4, rtol=1e-4)
+    lines, gone_on = ([json.loads(line) for line in some] for some in logged)
+    assert [line["step"] for line in gone_on] == [2, 3]
     # The second of a round's two mini-batches was drawn before the first was learned; the first step has a rate of 0.
     assert [(line["step"], line["off_policy"] > 0) for line in lines] == [(0, False), (1, True), (2, True), (3, True)]
     assert abs(lines[0]["kl_k1"]) < 1e-6
@@ -244,15 +243,6 @@ def test_two_processes_work_through_one_queue(resumed):
     """
     for log in resumed["logs"]:
         assert "queue: 3 prompts, 2 candidates each, on 2 groups of 1" in log
-
-
-def test_two_processes_go_on_with_the_run_of_one(alone, resumed):
-    directory = resumed["taken over"]
-    weights = [load_file(path / "hf" / "model.safetensors") for path in (alone, directory)]
-    chex.assert_trees_all_close(*weights, atol=1e-5, rtol=0)
-    lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (alone, directory)]
-    assert [json.loads(line)["step"] for line in lines[1]] == [STEPS - 2, STEPS - 1]
-    np.testing.assert_allclose(*(numbers("\n".join(some[-2:])) for some in lines), atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,10 @@ def shared_programs():
 
 
 def improved(config):
-    """Where the policy lies that a record has improved for four rounds of two steps, on devices that share layers."""
+    """Where the policy lies that a record has improved for four rounds of two steps, on devices that share layers.
+
+    A run of the first rounds that lies there, begun by this process or by others, is gone on with.
+    """
     directory = pathlib.Path(f"{config.output}-record")
     told = dataclasses.replace(config, method="inpo", steps=8, output=str(directory), mesh=RECORD_MESH)
     world = prepare(told, directory)
@@ -161,15 +164,6 @@ def not_written(config):
                 sys.stdout.write(f"{name} failed: {error}; {len(steps)} steps, the last checkpoint is {last}\n")
 
 
-def gone_on(config):
-    """Where the policy lies of a run that other hosts have begun and these go on with."""
-    directory = pathlib.Path(f"{config.output}-taken-over")
-    world = prepare(dataclasses.replace(config, output=str(directory)), directory)
-    model = tune(world, world.rollout("train", world.model, name="train")[0])
-    pretrained.save(model, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
-    return directory
-
-
 def told_of(*arguments, groups, slots, num_candidates, **options):
     """`tiltjax.samplers.continuous.decode_queue`, with a line when it is traced."""
     sys.stdout.write(
@@ -188,7 +182,6 @@ def main():
         improved(config)
         rewarded(config)
         adapted(config)
-        gone_on(config)
         drawn_one_at_a_time(config)
         exchanged()
         mapped()
