@@ -157,8 +157,9 @@ def test_a_round_on_a_mesh_equals_one_device():
         over = jax.jit(fit, in_shardings=(places, *[batch_sharding(mesh)] * 2, whole), out_shardings=(places, whole))
         actual = over(shard(players, mesh), *batch, key)
     close(*jax.device_get((actual, expected)))
-    moved = optax.tree.norm(jax.tree.map(jnp.subtract, expected[0].state.params, players.state.params))
-    assert moved > 0.01
+    before, after = jax.device_get((players.state.params, expected[0].state.params))
+    moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.square(a - b).sum(), after, before))
+    assert np.sqrt(sum(moved)) > 0.01
 
 
 def test_var_in_batch_spans_all_devices():
@@ -202,8 +203,8 @@ def test_only_adapters_move_and_their_gradient_is_that_of_the_merged_model():
     chex.assert_trees_all_equal(jax.device_get(frozen), before)
     assert {len(jax.tree.leaves(t)) for t in (state.params, trained)} == {14}
     moved = [
-        float(jnp.abs(a - b).max())
-        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(trained), strict=True)
+        np.abs(a - b).max()
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(jax.device_get(trained)), strict=True)
     ]
     assert min(moved) > 0
     batch = ragged_candidates()
@@ -222,10 +223,11 @@ def test_clipping_schedule_and_metrics():
         {"twice": average(2 * batch[:, 0])},
     )
     batch = jnp.asarray([[3.0, 4.0], [3.0, 4.0]])
-    state, scalars = train_step(init_state(params, tx), batch, jax.random.key(0), loss_fn=loss_fn, tx=tx)
+    step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, tx=tx))
+    state, scalars = step(init_state(params, tx), batch, jax.random.key(0))
     chex.assert_trees_all_close(state.params, params)  # warm-up starts at 0
     chex.assert_trees_all_close(scalars, {"loss": 25.0, "grad_norm": 5.0, "twice": 6.0})
-    state, _ = train_step(state, batch, jax.random.key(0), loss_fn=loss_fn, tx=tx)
+    state, _ = step(state, batch, jax.random.key(0))
     chex.assert_trees_all_close(state.params["w"], params["w"] - 0.5 * 0.5 * jnp.asarray([0.6, 0.8]), rtol=1e-6)
     assert int(state.step) == 2
 
