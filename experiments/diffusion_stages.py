@@ -108,7 +108,8 @@ def fit_value(key: Array, image: Array, reward: Array, *, beta: Array, num_steps
     Minimises :math:`E[e^{f} - y f]` with :math:`y = e^{r/\beta} / Z`, whose minimum is :math:`f = \log E[y | x_t]`: a
     squared error in r would give the plain value.
     """
-    weights = tilt(reward, beta=beta).weights * len(reward)
+    weights, log_z = jax.jit(lambda reward: (tilt(reward, beta=beta).weights, tilt(reward, beta=beta).log_z))(reward)
+    weights = weights * len(reward)
 
     def loss(net: Any, key: Array) -> Array:
         keys = jax.random.split(key)
@@ -119,7 +120,6 @@ def fit_value(key: Array, image: Array, reward: Array, *, beta: Array, num_steps
 
     sizes = (int(np.prod(image.shape[1:])) + 6, width, width, 1)
     net = digits_world.fit_network(key, loss, sizes=sizes, num_steps=num_steps)
-    log_z = tilt(reward, beta=beta).log_z
     return lambda x, alpha_bar: beta * (digits_world.network(net, x, alpha_bar)[..., 0] + log_z)
 
 
@@ -214,8 +214,13 @@ def guarded_draw(
       of one candidate and how many candidates live on.
     """
     N = len(reward)
-    used = jnp.maximum(beta, beta_for_ess(reward, ess=max(1.0, min_ess * N)))
-    out = guarded_resample(key, reward, num=N, beta=used, max_copies=max_copies)
+
+    @jax.jit
+    def draw(key: Array, reward: Array) -> Any:
+        used = jnp.maximum(beta, beta_for_ess(reward, ess=max(1.0, min_ess * N)))
+        return guarded_resample(key, reward, num=N, beta=used, max_copies=max_copies)
+
+    out = draw(key, reward)
     figures = {"beta": out.beta, "ess": out.ess, "most_copies": out.most, "survivors": out.distinct}
     return out.indices, {name: float(value) for name, value in figures.items()}
 

@@ -150,7 +150,7 @@ def fit_denoiser(
     """Trains a denoiser, or goes on with what the directory holds; returns the average of its parameters."""
     tx = _optimizer(num_steps, learning_rate, decay)
     root = root_key(seed)
-    state = init_state(Denoiser(jax.random.fold_in(root, 0), config), tx)
+    state = jax.jit(lambda key: init_state(Denoiser(key, config), tx))(jax.random.fold_in(root, 0))
     order = epoch_batches(len(images.label), min(batch_size, len(images.label)), seed=seed)
 
     def batches(step: int) -> dict[str, np.ndarray]:
