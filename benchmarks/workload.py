@@ -16,6 +16,7 @@ from benchmarks import harness
 from benchmarks.cases import SHAPES, Case
 from tiltjax.advantages import group_normalised
 from tiltjax.data.candidates import Candidates
+from tiltjax.losses import preference
 from tiltjax.losses.policy_gradient import aggregate, ppo_clip_loss
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
@@ -23,11 +24,11 @@ from tiltjax.ops.masked import Average
 from tiltjax.ops.tokens import sequence_logp
 from tiltjax.samplers.best_of_n import soft_best_of_n
 from tiltjax.train.hardware import compilation_cache, fast_dtype, return_memory_after_compiling
-from tiltjax.train.objectives import likelihood_objective, method_kernel, sft_objective
+from tiltjax.train.objectives import likelihood_objective, sft_objective
 from tiltjax.train.rollout import make_sampler, make_scorer, narrow
 from tiltjax.train.state import TrainState, init_state
 from tiltjax.train.step import train_step
-from tiltjax.types import Array, Int, Params, PRNGKey
+from tiltjax.types import Array, Float, Int, Params, PRNGKey
 
 __all__ = ["DTYPES", "Compiling", "batch_of", "model_of", "multiply", "prepare", "programs", "run"]
 
@@ -128,7 +129,7 @@ def _training(case: Case, model: Transformer, batch: Candidates) -> Callable[[],
         stats = jax.jit(Transformer.score)(model, batch.prompt, batch.prompt_mask, batch.completion)
         batch, loss_fn = dataclasses.replace(batch, old_token_logp=stats.logp), group_objective
     else:
-        loss_fn = likelihood_objective(method_kernel("dpo", beta=0.1))
+        loss_fn = likelihood_objective(_dpo)
         batch = dataclasses.replace(batch, ref_logp=make_scorer()(model, batch))
         if case.reference == "in_step":
             frozen = narrow(jax.tree.map(jnp.copy, model))
@@ -148,6 +149,13 @@ def _training(case: Case, model: Transformer, batch: Candidates) -> Callable[[],
         return jax.block_until_ready((state, scalars))
 
     return advance
+
+
+def _dpo(logp: Float[Array, "B 2"], batch: Candidates) -> tuple[Float[Array, " B"], dict[str, Array]]:
+    """DPO on pairs whose reference log-probabilities are known, with the two numbers that peers log."""
+    chosen, rejected = jnp.moveaxis(preference.implicit_reward(logp, batch.ref_logp, beta=0.1), -1, 0)
+    metrics = {"margin": chosen - rejected, "accuracy": jnp.asarray(chosen > rejected, logp.dtype)}
+    return preference.dpo_loss(logp, batch.ref_logp, beta=0.1), metrics
 
 
 def group_objective(params: Params, frozen: Params, batch: Candidates, key: PRNGKey) -> tuple[Average, dict]:

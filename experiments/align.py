@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import reporting
-from experiments.align_config import FREE, HOW, AlignConfig, resolved
+from experiments.align_config import FREE, HOW, UNTRAINED, AlignConfig, resolved
 from experiments.align_fit import tune
 from experiments.align_law import described, share_cut
 from experiments.align_online import improve
@@ -83,7 +83,7 @@ def run(config: AlignConfig) -> dict[str, Any]:
         tuned = improve(world) if config.in_rounds else tune(world, drawn)
         held_out, texts = world.rollout("heldout", world.model, name="heldout")
         results, samples = compare(world, held_out, texts, tuned)
-        if config.method != "soft_best_of_n":
+        if config.method != UNTRAINED:
             pretrained.save(tuned, directory / "hf", source=config.policy, tokenizer=world.tokenizer, overwrite=True)
         write = functools.partial(reporting.write, reward=reward, train=estimates)
         distributed.by_main(lambda: write(directory, config, results, samples))
@@ -126,7 +126,7 @@ def compare(world: World, held_out: Candidates, texts: list[list[str]], tuned: T
         "law": described(config, evaluation=True),
         "truncated": {"reference": share_cut(held_out, text.end_ids(world.tokenizer))},
     }
-    if config.method != "soft_best_of_n":
+    if config.method != UNTRAINED:
         sampled, tuned_texts = world.rollout("heldout-tuned", tuned, name="heldout tuned")
         results["truncated"]["tuned"] = share_cut(sampled, text.end_ids(world.tokenizer))
         logp = np.asarray(sequence_logp(sampled.old_token_logp, sampled.completion_mask))

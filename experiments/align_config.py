@@ -23,14 +23,14 @@ from tiltjax.train import methods
 from tiltjax.train.config import check_fields, field, output_field, seed_field
 from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.method import Method
+from tiltjax.train.methods.likelihood import resampled
 from tiltjax.train.sharding import parse_mesh
 
 __all__ = [
     "FREE",
     "HOW",
-    "METHODS",
     "OWN_BETA",
-    "RECORDS",
+    "UNTRAINED",
     "AlignConfig",
     "attention_field",
     "beta_field",
@@ -50,31 +50,15 @@ FREE = ("output", "resume", "overwrite", "checkpoint_every", "compilation_cache"
 HOW = ("remat", "attention", "length_buckets")
 """How a run computes, not what: they move its numbers by rounding, so it may go on with others."""
 
-_OFFLINE = ("tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo")
-
-RECORDS: dict[str, str] = {
-    (f"online_{name}" if name in _OFFLINE else name): name
-    for name, record in methods.METHODS.items()
-    if not (name in _OFFLINE and record.rounds == 1)
-}
-"""Name on the command line -> record. Where an offline method of `experiments.align` has the name, its online record is
-``online_<name>``."""
-
-METHODS = ("soft_best_of_n", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo", *RECORDS)
-"""Ways to reach the tilt: the first from fixed candidates of the reference, then the records of `align_online`."""
+UNTRAINED = "soft_best_of_n"
+"""The way to the tilt that trains nothing."""
 
 OWN_BETA = 0.1
-"""The ``beta`` of methods without a record, and of a report where a method has none, reward units."""
+"""The ``beta`` of a run that trains nothing, and of a report where a method has none, reward units."""
 
 ADAPTER_RATE = 5e-4
 FULL_RATE = 5e-5
 """Learning rates of adapters, and of all parameters where a record gives none."""
-
-PACKABLE = ("tilted_mle", "best_of_n_sft", "sft")
-"""Methods that fit candidates of which each counts by a weight, whatever the policy says of them."""
-
-WINDOWED = ("tilted_mle", "best_of_n_sft", "var_importance", "dpo", "sft")
-"""Methods whose batches may be any prompts. The members of a mini-batch of var are fixed: they are scored crosswise."""
 
 
 def remat_field() -> Any:
@@ -97,23 +81,32 @@ def attention_field() -> Any:
     )
 
 
-def record_of(name: str, *, num_candidates: int, steps: int, temperature: float | None = None) -> Method:
-    """The record, with the run's number of candidates where it is free, and no more rounds than steps.
+def record_of(config: Any) -> Method | None:
+    """The record of a run, as the run's settings change it; None where nothing is trained.
+
+    Its number of candidates is the run's where the record leaves it free, and its temperature is that of the run; that
+    of demonstrations is 1, which no law of the policy drew.
 
     Args:
-      name: On the command line.
-      num_candidates: Of the run.
-      steps: Of the run.
-      temperature: At which the run draws; None leaves the record's.
+      config: With ``method``, ``num_candidates``, ``temperature``, ``fit_candidates`` and ``steps``.
+
+    Returns:
+      The record.
+
+    Raises:
+      ValueError: If there is no such method, or the steps cannot be cut into its rounds.
     """
-    record = own_record(name)
-    assert record is not None
-    if temperature is not None:
-        record = dataclasses.replace(record, temperature=temperature)
+    record = own_record(config.method)
+    if record is None:
+        return None
+    temperature = 1.0 if set(record.sources) == {"data"} else config.temperature
+    record = dataclasses.replace(record, temperature=temperature)
     if len(record.draw) == 1 and record.draw[0][1] > 2:
-        record = dataclasses.replace(record, draw=((record.draw[0][0], num_candidates),))
-    if record.rounds is not None and steps % record.rounds:
-        raise ValueError(f"steps must be a multiple of the {record.rounds} rounds of {name}, got {steps}")
+        record = dataclasses.replace(record, draw=((record.draw[0][0], config.num_candidates),))
+    if record.rounds is not None and config.steps % record.rounds:
+        raise ValueError(f"steps must be a multiple of the {record.rounds} rounds of {record.name}, got {config.steps}")
+    if record.name == "tilted_mle" and config.fit_candidates:
+        record = resampled(record, config.fit_candidates)
     return record
 
 
@@ -122,7 +115,7 @@ def beta_field() -> Any:
     return field(
         None,
         "Strength of the KL term, reward units: the tilt is ref * exp(reward / beta) / Z. By default the record's own "
-        f"(tiltjax.train.methods), {OWN_BETA} for methods that have none. Methods on win rates take a quarter of it. 0 "
+        f"(tiltjax.train.methods), {OWN_BETA} where nothing is trained. Methods on win rates take a quarter of it. 0 "
         "is for methods that do not divide by it: they then have no KL term.",
     )
 
@@ -147,27 +140,25 @@ def learning_rate_field() -> Any:
 
 
 def own_record(method: str) -> Method | None:
-    """The record of a name on the command line; None where there is none, for methods that fit fixed candidates."""
-    if ":" in method:
-        return methods.get_method(method)
-    return methods.METHODS[RECORDS[method]] if method in RECORDS else None
+    """The record of a name on the command line, as it is published; None where nothing is trained."""
+    return None if method == UNTRAINED else methods.get_method(method)
 
 
 def check_method(name: str, value: str) -> None:
-    """Raises ValueError unless a method of the command line, or a record of the user's own, has that name."""
-    if ":" in value:
+    """Raises ValueError unless a record, of the library or the user's own, has that name, or it is `UNTRAINED`."""
+    if ":" in value or value in methods.RENAMED:
         methods.get_method(value)
     else:
-        check_choice(name, value, METHODS)
+        check_choice(name, value, (UNTRAINED, *methods.METHODS))
 
 
 def check_beta(method: str, beta: float) -> None:
     """Raises ValueError unless a method of the command line can have that ``beta``, in reward units."""
     record = own_record(method)
-    if record is not None:
-        record.check_beta(beta)
-    elif method != "best_of_n_sft" or beta:
+    if record is None:
         check_positive(f"beta of method {method}", beta)
+    else:
+        record.check_beta(beta)
 
 
 def _defaults(config: Any) -> dict[str, float]:
@@ -241,9 +232,10 @@ class AlignConfig:
     )
     method: str = field(
         "tilted_mle",
-        "How the tilt is reached: soft_best_of_n trains nothing, the first six fit candidates of the reference, sft "
-        "fits demonstrations, the other records of tiltjax.train.methods learn in rounds. package.module:record or "
-        f"file.py:record is one of your own, which is run with your rights. Names: {', '.join(METHODS)}.",
+        f"How the tilt is reached: {UNTRAINED} trains nothing; every other name is a record of tiltjax.train.methods, "
+        "which fits candidates of the reference or demonstrations, or learns in rounds of fresh ones (docs/methods.md "
+        "says which). package.module:record or file.py:record is one of your own, which is run with your rights. "
+        f"Names: {', '.join((UNTRAINED, *methods.METHODS))}.",
         check=check_method,
         code=True,
     )
@@ -266,13 +258,14 @@ class AlignConfig:
     microbatches: int = field(1, "Parts into which a batch is cut to save memory; the gradient is the same.")
     pack: bool = field(
         False,
-        "tilted_mle, best_of_n_sft, sft: train on rows of whole sequences without padding, of the candidates that "
-        "count only; the loss and its gradient are the same.",
+        "Sequence packing: rows of whole sequences without padding, of candidates that count only; loss and gradient "
+        "are the same. For methods that learn once, by a weight of each candidate: tilted_mle, sft, ...",
     )
     length_buckets: int = field(
         4,
         "Most shapes (prompt by completion length) that the steps of a fit are padded to, each a compilation and taken "
-        "only where it saves a tenth of the positions; 1 pads all to the longest. Rounds and packed rows have one.",
+        "only where it saves a tenth of the positions; 1 pads all to the longest. Methods in rounds and packed rows "
+        "have one.",
     )
     length_window: int = field(
         1,
@@ -325,34 +318,39 @@ class AlignConfig:
         self._check_filters()
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size={self.batch_size}, got {self.microbatches}")
-        if self.batch_size > self.num_prompts and self.method != "soft_best_of_n":
+        if self.batch_size > self.num_prompts and self.method != UNTRAINED:
             raise ValueError(f"batch_size must be at most num_prompts={self.num_prompts}, got {self.batch_size}")
-        if self.pack and self.method not in PACKABLE:
-            raise ValueError(f"pack is for the methods {', '.join(PACKABLE)}, got method={self.method}")
-        if self.length_window > 1 and (self.pack or self.method not in WINDOWED):
-            raise ValueError(
-                f"length_window is for the methods {', '.join(WINDOWED)} without pack, got method={self.method}, "
-                f"pack={self.pack}"
-            )
-        if self.in_rounds and self.mapping == "pmap":
-            raise ValueError(f"mapping must be sharded for method={self.method}, got 'pmap'")
-        if own_record(self.method) is not None:
-            record = record_of(self.method, num_candidates=self.num_candidates, steps=self.steps)
-            for flag, needs in NEEDS.items():
-                if needs(record) and not getattr(self, flag):
-                    raise ValueError(f"--method={self.method} needs --{flag}")
+        record = record_of(self)
+        if record is None:
+            return
+        told = f"got method={self.method}"
+        if self.pack and not (record.learns_once and record.linear):
+            raise ValueError(f"pack is for methods that learn once, by weights (tilted_mle, sft, ...); {told}")
+        if self.length_window > 1 and (self.pack or not record.learns_once):
+            raise ValueError(f"length_window is for methods that learn once, without pack; {told}, pack={self.pack}")
+        if record.learns_once and record.cross > self.num_prompts:
+            raise ValueError(f"num_prompts must be at least {record.cross} for {self.method}, got {self.num_prompts}")
+        if self.mapping == "pmap" and not record.learns_once:
+            raise ValueError(f"mapping must be sharded for a method that learns in rounds; {told}, mapping='pmap'")
+        if record.couples_prompts and (self.mapping == "pmap" or self.microbatches > 1):
+            cut = f"mapping={self.mapping!r}, microbatches={self.microbatches}"
+            raise ValueError(f"a batch must not be cut for a loss that couples its prompts; {told}, {cut}")
+        for flag, needs in NEEDS.items():
+            if needs(record) and not getattr(self, flag):
+                raise ValueError(f"--method={self.method} needs --{flag}")
 
     def _check_filters(self) -> None:
         record = own_record(self.method)
-        across = self.method == "var" or (record is not None and record.cross > 1)
+        across = record is not None and record.cross > 1
         if filtered(self) and (across or self.pack):
             why = "with pack" if self.pack else f"for method={self.method}, which scores completions of other prompts"
             raise ValueError(f"top_k must be 0 and top_p 1 {why}; got top_k={self.top_k}, top_p={self.top_p}")
 
     @property
     def in_rounds(self) -> bool:
-        """Whether the method learns in rounds, by its record; what sft imitates is all there before it begins."""
-        return own_record(self.method) is not None and self.method != "sft"
+        """Whether the method learns in rounds of fresh candidates."""
+        record = own_record(self.method)
+        return record is not None and not record.learns_once
 
     def fingerprint(self) -> str:
         """Of everything that decides the numbers, to rounding."""

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.align_config import record_of
+from experiments.align_given import feedback
 from experiments.align_world import World
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
@@ -21,26 +22,19 @@ from tiltjax.data.packing import Sequences, pack_sequences, rows_needed
 from tiltjax.data.pipeline import Stream, epoch_batches, host_batches
 from tiltjax.models import lora
 from tiltjax.models.transformer import Transformer
-from tiltjax.samplers.best_of_n import best_of_n
-from tiltjax.samplers.resample import resample
-from tiltjax.tilt.weights import tilt
-from tiltjax.train import distributed
+from tiltjax.train import distributed, offline
 from tiltjax.train.loop import fit
-from tiltjax.train.objectives import (
-    VarBatch,
-    candidate_weights,
-    likelihood_objective,
-    method_kernel,
-    packed_objective,
-    var_objective,
-)
+from tiltjax.train.method import Batch, Feedback, Method
+from tiltjax.train.objectives import candidate_weights, packed_objective
+from tiltjax.train.policy import model_objective
 from tiltjax.train.sharding import batch_sharding, pmap_step, shard, sharded_step
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 from tiltjax.train.streams import stream
-from tiltjax.types import Params
+from tiltjax.types import Float, Int, Params
 
 __all__ = [
+    "Data",
     "adapters",
     "bucketed",
     "fingerprint_of",
@@ -93,46 +87,73 @@ def whole(trained: Params, frozen: Params) -> Transformer:
     return lora.merge(trained if frozen is None else lora.combine(trained, frozen))
 
 
-def training_data(world: World, drawn: Candidates) -> tuple[Any, Any, Any]:
-    """``(rows, step -> which of them, loss function)`` of the method."""
-    config, drawn = world.config, _masked(world, drawn)
-    if config.method == "var":
-        blocks, B = var_blocks(world, drawn), config.batch_size
-        which = epoch_batches(len(blocks), 1, seed=config.seed)
-        rows = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
-        objective = var_objective(beta=config.beta, temperature=config.temperature)
-        return rows, lambda step: which(step)[0] * B + np.arange(B), objective
-    if config.method == "dpo":
-        worst = best_of_n(-jnp.asarray(drawn.reward))
-        pair = np.stack([best_of_n(jnp.asarray(drawn.reward)), worst], axis=1)
-        pairs = batches.select(drawn, pair)
-        drawn = world.with_reference("train-pairs", pairs, "score reference", temperature=config.temperature)
-        chosen, rejected = np.asarray(drawn.reward).T
-        decided = np.stack([chosen > rejected] * 2, axis=1)  # A prompt whose candidates all tie teaches nothing.
-        real = batches.learned(drawn)  # A pair counts where both do.
-        drawn = dataclasses.replace(drawn, where=decided if real is None else decided & real.all(1, keepdims=True))
-    temperature = config.temperature
-    if config.method == "sft":  # No law of the policy drew what it imitates.
-        drawn, temperature = _masked(world, world.given.each(drawn)), 1.0
-    kernel = method_kernel(config.method, beta=config.beta)
-    if config.method == "tilted_mle" and config.fit_candidates:
-        key = stream(config.seed, "resample")
-        which = _tilted_draws(key, jnp.asarray(drawn.reward), config.beta, config.fit_candidates)
-        drawn = batches.select(drawn, np.asarray(which))
-        kernel = method_kernel("sft", beta=config.beta)
-    drawn = dataclasses.replace(drawn, old_token_logp=None)
-    positions = batches.lengths(drawn) @ np.array([1, drawn.completion.shape[1]])
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a fit learns from, and in which order.
+
+    Attributes:
+      rows: Labelled rows of the whole data set, in NumPy.
+      order: ``step -> indices`` of the rows of the global batch.
+      weights: Of their candidates, ``[R, N]``, where rows are packed; else None.
+    """
+
+    rows: Batch
+    order: Callable[[int], np.ndarray]
+    weights: Float[np.ndarray, "R N"] | None = None
+
+
+def training_data(world: World, record: Method, drawn: Candidates) -> Data:
+    """The rows that a record learns from, once it has drawn what it will ever draw.
+
+    A row is a demonstration, or as many of the run's candidates of a prompt as the record compares. Only rows that some
+    step sees are labelled and, where the record reads the reference, scored by it.
+
+    Args:
+      world: Of the run.
+      record: Of `experiments.align_config.record_of`, which learns once.
+      drawn: N scored candidates of every training prompt, of the reference.
+
+    Returns:
+      `Data`.
+    """
+    config = world.config
+    if "data" in record.sources:
+        rows, prompts = world.given.each(drawn)
+    else:
+        rows, prompts = offline.candidate_groups(record, drawn)
+    positions = batches.lengths(rows) @ np.array([1, rows.completion.shape[1]])
     options: dict[str, Any] = {"seed": config.seed, "lengths": positions, "window": config.length_window}
-    order = epoch_batches(len(drawn.prompt), config.batch_size, **options)
-    if config.pack:
-        return (drawn, np.asarray(candidate_weights(kernel, drawn))), order, packed_objective(temperature=temperature)
-    return drawn, order, likelihood_objective(kernel, temperature=temperature)
+    order = epoch_batches(len(prompts), config.batch_size, **options)
+    seen = np.unique(np.concatenate([order(step) for step in range(config.steps)]))
+    rows, told = _told(world, record, _masked(world, batches.take(rows, seen)), prompts[seen])
+    views = None
+    if record.reads_old or record.reads_reference:
+        views = world.view(rows, "score reference", temperature=record.temperature)
+    beta = record.own_beta(config.beta)
+    batch = offline.labelled(record, rows, told, stream(config.seed, "labels"), seen=views, beta=beta)
+    if record.feedback == "demonstrations":  # Nobody rewarded them.
+        batch = batch.change(reward=None)
+    weights = np.asarray(candidate_weights(record, batch, beta=beta)) if config.pack else None
+    return Data(rows=batch, order=lambda step: np.searchsorted(seen, order(step)), weights=weights)
 
 
-@functools.partial(jax.jit, static_argnames="num")
-def _tilted_draws(key, reward, beta, num):
-    """``num`` candidates of every prompt, drawn with replacement by the weights of the tilt."""
-    return resample(key, tilt(reward, beta=beta).weights, num=num)
+def _told(world: World, record: Method, rows: Candidates, prompts: Int[np.ndarray, " R"]) -> tuple:
+    """The rows with their rewards, and all that is found out about them; demonstrations are taken as they are."""
+    if record.feedback == "demonstrations":
+        return rows, Feedback(reward=np.zeros(rows.completion.shape[:2], np.float32))
+    path = world.directory / "candidates" / "train-crossed.npz"
+    if record.cross > 1 and distributed.agree(path.exists()):  # What a reward said once is not asked again.
+        where = rows.where
+        rows = batches.load(path, fingerprint=world.fingerprint, vocab_size=world.model.config.vocab_size)
+        rows = dataclasses.replace(rows, where=where)
+    asked = rows.reward is None
+    told = feedback(world, record, prompts, rows)
+    rows = dataclasses.replace(rows, reward=told.reward)
+    if asked:
+        distributed.by_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+        kept = dataclasses.replace(rows, where=None)
+        distributed.by_main(lambda: batches.save(path, kept, fingerprint=world.fingerprint))
+    return rows, told
 
 
 def _masked(world: World, data: Candidates) -> Candidates:
@@ -141,22 +162,21 @@ def _masked(world: World, data: Candidates) -> Candidates:
     return batches.without_truncated(data, ends) if world.config.mask_truncated else data
 
 
-def bucketed(world: World, data: Candidates | VarBatch, order: Callable[[int], np.ndarray]) -> list[tuple[int, ...]]:
+def bucketed(world: World, data: Data) -> list[tuple[int, ...]]:
     """What the prompts and completions of every step are padded to: at most ``length_buckets`` different pairs.
 
     They follow from the lengths of all prompts, whichever of them a host loads: hosts agree without asking.
 
     Args:
       world: Of the run.
-      data: Rows of all prompts, of `training_data`.
-      order: ``step -> indices`` of the global batch.
+      data: Of `training_data`.
 
     Returns:
       ``(S, T)`` of every step, in tokens.
     """
-    config, rows = world.config, data.candidates if isinstance(data, VarBatch) else data
+    config, rows = world.config, data.rows.candidates
     counts, widths = (1, rows.completion.shape[1]), (rows.prompt.shape[1], rows.completion.shape[2])
-    steps, lengths = [order(step) for step in range(config.steps)], batches.lengths(rows)
+    steps, lengths = [data.order(step) for step in range(config.steps)], batches.lengths(rows)
     longest = np.stack([lengths[at].max(axis=0) for at in steps])
     plan = batches_of(longest, widths, batch_size=1, counts=counts, most=config.length_buckets)
     chosen = [batch.lengths for batch in sorted(plan, key=lambda batch: int(batch.rows[0]))]
@@ -172,12 +192,13 @@ def bucketed(world: World, data: Candidates | VarBatch, order: Callable[[int], n
     return chosen
 
 
-def packed(world: World, data: tuple[Candidates, np.ndarray], order: Callable[[int], np.ndarray]) -> tuple:
+def packed(world: World, data: Data) -> tuple:
     """``(indices of prompts -> their rows, number of rows)``: the same number at every step."""
-    config, (drawn, weights) = world.config, data
+    config, drawn, weights = world.config, data.rows.candidates, data.weights
+    assert weights is not None
     sizes = drawn.prompt_mask.sum(axis=-1)[:, None] + drawn.completion_mask.sum(axis=-1)
     places = world.mesh.shape["data"] * world.mesh.shape["fsdp"] * config.microbatches
-    steps = [sizes[at][weights[at] != 0] for at in map(order, range(config.steps))]
+    steps = [sizes[at][weights[at] != 0] for at in map(data.order, range(config.steps))]
 
     def plan(times: int) -> tuple[int, int, int]:
         length = batches.bucket_length(times * max(int(step.max(initial=1)) for step in steps), multiple=8)
@@ -203,41 +224,12 @@ def packed(world: World, data: tuple[Candidates, np.ndarray], order: Callable[[i
     return take, rows
 
 
-def var_blocks(world: World, drawn: Candidates) -> list[VarBatch]:
-    """Mini-batches of fixed members with every completion scored under every prompt of its mini-batch."""
-    config, blocks = world.config, []
-    for start in range(0, config.num_prompts - config.batch_size + 1, config.batch_size):
-        part = batches.take(dataclasses.replace(drawn, old_token_logp=None), slice(start, start + config.batch_size))
-        B, N, T = part.completion.shape
-        shape = (B, B * N)
-        crossed = Candidates(
-            prompt=part.prompt,
-            prompt_mask=part.prompt_mask,
-            completion=np.broadcast_to(part.completion.reshape(1, B * N, T), (*shape, T)).copy(),
-            completion_mask=np.broadcast_to(part.completion_mask.reshape(1, B * N, T), (*shape, T)).copy(),
-        )
-        if part.loss_mask is not None:
-            mask = np.broadcast_to(part.loss_mask.reshape(1, B * N, T), (*shape, T)).copy()
-            crossed = dataclasses.replace(crossed, loss_mask=mask)
-        name, at = f"train-crossed-{start // B}", config.temperature
-        crossed = world.with_reference(name, crossed, f"score across prompts {start // B + 1}", temperature=at)
-        texts = text.decode_completions(world.tokenizer, crossed.completion, crossed.completion_mask)
-        reward = world.score(world.rows["train"][start : start + B], texts)
-        swap = lambda x: np.swapaxes(x.reshape(B, B, N), 1, 2).copy()  # noqa: E731, B023
-        ref_logp = swap(np.asarray(crossed.ref_logp))
-        real = batches.learned(part)
-        where = None if real is None else np.broadcast_to(real.T[None], reward.shape[:1] + real.T.shape).copy()
-        blocks.append(VarBatch(candidates=part, ref_logp=ref_logp, reward=swap(reward), own=np.arange(B), where=where))
-    return blocks
-
-
-def host_data(world: World, data: Any, order: Callable[[int], np.ndarray]) -> tuple[Any, int]:
+def host_data(world: World, data: Data) -> tuple[Any, int]:
     """What this host loads for each step.
 
     Args:
       world: Of the run.
-      data: Rows of all prompts, of `training_data`; where packing, with weights.
-      order: ``step -> indices`` of the global batch.
+      data: Of `training_data`.
 
     Returns:
       A grain dataset of the steps, as of `tiltjax.data.pipeline.host_batches`, and the rows of a global batch.
@@ -245,36 +237,41 @@ def host_data(world: World, data: Any, order: Callable[[int], np.ndarray]) -> tu
     config, place = world.config, batch_sharding(world.mesh)
     if not config.pack:
         mine = distributed.host_rows(place, config.batch_size)
-        take = lambda which: jax.tree.map(lambda x: x[which], data)  # noqa: E731
-        dataset = host_batches(take, order, num_steps=config.steps, rows=mine)
+        take = lambda which: jax.tree.map(lambda x: x[which], data.rows)  # noqa: E731
+        dataset = host_batches(take, data.order, num_steps=config.steps, rows=mine)
         if config.length_buckets > 1:
-            lengths = bucketed(world, data, order)
-            dataset = dataset.map_with_index(lambda step, batch: _trimmed(batch, *lengths[step]))
+            lengths = bucketed(world, data)
+            dataset = dataset.map_with_index(lambda step, batch: offline.trim_batch(batch, *lengths[step]))
         return dataset, config.batch_size
     # Which sequences share a row is decided over the whole batch: every host packs all of it and cuts its rows out.
-    pack, size = packed(world, data, order)
+    pack, size = packed(world, data)
     mine = distributed.host_rows(place, size)
     part = lambda which: jax.tree.map(lambda x: x[mine], pack(which))  # noqa: E731
-    return host_batches(part, order, num_steps=config.steps), size
-
-
-def _trimmed(batch: Candidates | VarBatch, *lengths: int) -> Candidates | VarBatch:
-    if isinstance(batch, VarBatch):
-        return dataclasses.replace(batch, candidates=batches.trim(batch.candidates, *lengths))
-    return batches.trim(batch, *lengths)
+    return host_batches(part, data.order, num_steps=config.steps), size
 
 
 def tune(world: World, drawn: Candidates) -> Transformer:
-    """Fits the policy; returns it with adapters merged."""
-    config = world.config
-    if config.method == "soft_best_of_n":
+    """Fits the policy by a record that learns once; returns it with adapters merged.
+
+    Args:
+      world: Of the run.
+      drawn: N scored candidates of every training prompt, of the reference.
+
+    Returns:
+      The policy; the reference where the run trains nothing.
+    """
+    config, record = world.config, record_of(world.config)
+    if record is None:
         return world.model
-    data, order, loss_fn = training_data(world, drawn)
+    data = training_data(world, record, drawn)
+    loss_fn = model_objective(record, beta=record.own_beta(config.beta))
+    if config.pack:
+        loss_fn = packed_objective(temperature=record.temperature)
     tx, (trained, frozen) = optimizer(config), adapters(world)
     state = shard(init_state(trained, tx), world.mesh)
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)
     place = batch_sharding(world.mesh)
-    rows, size = host_data(world, data, order)
+    rows, size = host_data(world, data)
     loaded = Stream(rows)
     batch_of = lambda step: distributed.global_batch(loaded(step), place, size)  # noqa: E731
     mapped = sharded_step(step, state, frozen, world.mesh) if config.mapping == "sharded" else pmap_step(step)

@@ -75,11 +75,12 @@ class Given:
         picked = [(int(row), i) for row, places in zip(rows, each, strict=True) for i in places]
         return self._undrawn(prompts, picked, (len(rows), num))
 
-    def each(self, prompts: Candidates) -> Candidates:
-        """Every demonstration of every training prompt as a row of its own, with its prompt."""
+    def each(self, prompts: Candidates) -> tuple[Candidates, Int[np.ndarray, " R"]]:
+        """Every demonstration of every training prompt as a row of its own, with its prompt; and whose each is."""
         assert self.demonstrations is not None
         picked = [(row, i) for row, told in enumerate(self.demonstrations) for i in range(len(told))]
-        return self._undrawn(take(prompts, [row for row, _ in picked]), picked, (len(picked), 1))
+        rows = np.array([row for row, _ in picked])
+        return self._undrawn(take(prompts, rows), picked, (len(picked), 1)), rows
 
     def _undrawn(self, prompts: Candidates, picked: list[tuple[int, int]], shape: tuple[int, int]) -> Candidates:
         """Those demonstrations ``(row, place)`` as candidates, cut at the width of the completions."""
@@ -325,10 +326,11 @@ class _LearnedCost:
 def feedback(world: Any, record: Method, rows: Int[Array, " B"], drawn: Candidates) -> Feedback:
     """Everything that the record learns about candidates of the training prompts ``rows``, in NumPy.
 
-    The reward is always there: what does not learn from it is measured by it.
+    The reward is always there: what does not learn from it is measured by it. What the candidates have as their reward
+    is not asked again.
     """
     config, prompts, texts = world.config, [world.rows["train"][i] for i in rows], world.texts(drawn)
-    reward = np.float32(world.score(prompts, texts))
+    reward = np.float32(world.score(prompts, texts) if drawn.reward is None else drawn.reward)
     told: dict[str, Any] = {}
     if record.constrained:
         judge = dataclasses.replace(

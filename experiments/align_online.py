@@ -49,8 +49,8 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
       The policy after the last round.
     """
     config, mesh = world.config, world.mesh
-    numbers = {"num_candidates": config.num_candidates, "steps": config.steps}
-    record = record_of(config.method, temperature=config.temperature, **numbers)
+    record = record_of(config)
+    assert record is not None
     if any(needs(record) and getattr(world.given, name) is None for name, needs in NEEDS.items()):
         world = dataclasses.replace(world, given=load_given(config, record, world.rows["train"], world.tokenizer))
     count = record.rounds or config.steps

@@ -28,7 +28,8 @@ from tiltjax.train import distributed
 from tiltjax.train.hardware import fast_dtype
 from tiltjax.train.learned_reward import load_reward_model
 from tiltjax.train.memory import Drawing, check_memory, memory_limit
-from tiltjax.train.method import Method
+from tiltjax.train.method import Method, View
+from tiltjax.train.offline import make_viewer
 from tiltjax.train.rollout import collect, make_sampler, make_scorer, score_all
 from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec
 from tiltjax.train.streams import stream
@@ -65,6 +66,8 @@ class World:
     parts: dict[str, str] = dataclasses.field(default_factory=dict)
     evaluator: Any = None
     """Sampler of held-out prompts."""
+    viewer: Any = None
+    """``temperature -> `` what asks a policy about every token."""
 
     @property
     def places(self) -> int:
@@ -160,6 +163,24 @@ class World:
 
         distributed.by_main(keep)
         return drawn
+
+    def view(self, rows: Candidates, description: str, *, temperature: float) -> View:
+        """What the reference says of every token of the candidates, in NumPy.
+
+        Args:
+          rows: Candidates; of those that a filter drew, the reference is restricted to what it left.
+          description: Of the progress bar.
+          temperature: At which they were drawn.
+        """
+        return score_all(
+            self.model,
+            rows,
+            batch_size=self.scored_batch,
+            scorer=self.viewer(temperature),
+            buckets=4 if len(rows.prompt) > self.scored_batch else 1,
+            sharding=batch_sharding(self.mesh),
+            description=description,
+        )
 
 
 def score_rows(reward: Any, rows: list, completions: list[list[str]], *, name: str | None = None) -> np.ndarray:
@@ -301,6 +322,7 @@ def prepare(config: AlignConfig, directory: pathlib.Path) -> World:
         sampler=sampler,
         evaluator=evaluator,
         scorer=functools.cache(lambda temperature: make_scorer(temperature=temperature)),
+        viewer=functools.cache(lambda temperature: make_viewer(temperature=temperature)),
         fingerprint=_digest("\n".join(parts.values())),
         given=given,
         parts=parts,

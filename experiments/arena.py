@@ -38,7 +38,7 @@ from tiltjax.train.methods import METHODS, get_method
 __all__ = ["CORE", "QUICK", "ArenaConfig", "compete", "main"]
 
 CORE = (
-    "sft", "tilted_mle_offline", "tilted_mle_iterated", "tilted_mle", "var_offline", "var", "var_printed",
+    "sft", "tilted_mle", "iterated_tilted_mle", "online_tilted_mle", "var_importance", "online_var_importance", "var",
     "raft", "expert_iteration", "rwr", "awr", "dpo", "ipo", "simpo", "chi_po", "dpop", "dpo_nll", "kto",
     "preferred_ft", "dpo_best_worst", "online_dpo", "online_ipo", "online_dpo_best_worst", "online_info_nca",
     "tr_dpo_soft", "tr_dpo_hard", "rloo", "rloo_stale", "remax", "reinforce_pp", "grpo", "grpo_4_epochs", "grpo_prorl",
@@ -47,7 +47,7 @@ CORE = (
 )  # fmt: skip
 """Methods of the default run."""
 
-QUICK = ("tilted_mle_offline", "tilted_mle", "dpo", "online_dpo", "rloo", "grpo", "dr_grpo")
+QUICK = ("tilted_mle", "online_tilted_mle", "dpo", "online_dpo", "rloo", "grpo", "dr_grpo")
 """Methods of the quick run."""
 
 

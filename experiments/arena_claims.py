@@ -96,8 +96,8 @@ def findings(results: Results, world: World) -> list[Finding]:
     entropy = np.array([-(np.exp(law) * law).sum(-1).mean() for law in laws])[:, None]
     ratio = "log of the ratio of the distances to the tilt, at each beta"
     online = [
-        ("tilted_mle", "tilted_mle_offline"),
-        ("var", "var_offline"),
+        ("online_tilted_mle", "tilted_mle"),
+        ("online_var_importance", "var_importance"),
         ("online_dpo", "dpo"),
         ("online_ipo", "ipo"),
     ]
@@ -106,12 +106,13 @@ def findings(results: Results, world: World) -> list[Finding]:
         _finding("At equal samples, on-policy ends nearer the optimum than offline with the same loss.", ratio,
                  _closer(results, online)),
         _finding("Four rounds of fresh candidates already help.", ratio,
-                 _closer(results, [("tilted_mle_iterated", "tilted_mle_offline")])),
+                 _closer(results, [("iterated_tilted_mle", "tilted_mle")])),
         _finding("Candidates of the last round's policy are as good as fresh ones (at this learning rate).",
                  f"0.1 less the absolute {ratio}",
                  {k: 0.1 - np.abs(x) for k, x in _closer(results, [("rloo", "rloo_stale")]).items()}),
         _finding("Losses that push down bad candidates get further than weighted likelihood on the same samples.",
-                 ratio, _closer(results, [("rloo", "tilted_mle"), ("rloo", "var"), ("dr_grpo", "tilted_mle")])),
+                 ratio, _closer(results, [("rloo", "online_tilted_mle"), ("rloo", "online_var_importance"),
+                                          ("dr_grpo", "online_tilted_mle")])),
         _finding("Four gradient steps per batch get further than one.", ratio,
                  _closer(results, [("grpo_4_epochs", "grpo")])),
         _finding("Not dividing advantages by their standard deviation ends nearer the tilt.", ratio,
@@ -143,7 +144,7 @@ def findings(results: Results, world: World) -> list[Finding]:
         _finding("Safe RLHF keeps the mean cost below that of PPO.", "PPO's cost less its own",
                  _between(results, [("ppo", "safe_rlhf")], "cost")),
         _finding("VAR as printed is farther from the tilt than its importance-weighted form.", ratio,
-                 _closer(results, [("var_offline", "var_printed")])),
+                 _closer(results, [("var_importance", "var")])),
     ]  # fmt: skip
     return [found for found in judged if found is not None]
 

@@ -33,12 +33,11 @@ from experiments import online_report
 from experiments.align_config import (
     HOW,
     OWN_BETA,
-    RECORDS,
     AlignConfig,
     attention_field,
     beta_field,
+    check_method,
     learning_rate_field,
-    record_of,
     remat_field,
     report_beta_field,
     resolved,
@@ -128,16 +127,16 @@ class OnlineConfig:
             object.__setattr__(self, "report_beta", self.beta or OWN_BETA)
         if self.eval_temperature is None:  # One for all methods: they are compared.
             object.__setattr__(self, "eval_temperature", 1.0 if self.temperature is None else self.temperature)
-        for name, allowed in (("task", TASKS), ("methods", tuple(RECORDS))):
-            for part in self.parts(name):
-                check_choice(name, part, allowed)
+        for part in self.parts("task"):
+            check_choice("task", part, TASKS)
         for name in ("puzzle_candidates", "sentiment_candidates"):
             check_at_least(name, getattr(self, name), 2)
         for name in ("reference_draws", "puzzle_tokens", "sentiment_tokens"):
             check_at_least(name, getattr(self, name), 1)
         for method in self.parts("methods"):
-            record_of(method, num_candidates=self.num_candidates, steps=self.steps)
-            self.align(TASKS[0], method)
+            check_method("methods", method)
+            if not self.align(TASKS[0], method).in_rounds:
+                raise ValueError(f"methods must learn in rounds of fresh candidates, got {method!r}")
 
     def parts(self, name: str) -> tuple[str, ...]:
         """The tasks or the methods, each once."""

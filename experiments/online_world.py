@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.align_config import RECORDS, AlignConfig
+from experiments.align_config import AlignConfig
 from experiments.align_online import improve
 from experiments.align_world import World, prepare, score_rows
 from tiltjax.data import text
@@ -18,7 +18,7 @@ from tiltjax.ops.tokens import sequence_logp
 from tiltjax.rewards.registry import load_reward
 from tiltjax.train import checkpoint
 from tiltjax.train.config import save_config, write_text
-from tiltjax.train.methods import METHODS
+from tiltjax.train.methods import get_method
 from tiltjax.train.rollout import make_sampler
 
 __all__ = ["Bench", "Reading", "make_bench", "play", "reference", "rounds_of", "watched"]
@@ -148,7 +148,7 @@ def reference(bench: Bench, *, draws: int) -> Reading:
 
 def rounds_of(method: str, steps: int) -> int:
     """How many rounds a record plays in so many steps."""
-    return METHODS[RECORDS[method]].rounds or steps
+    return get_method(method).rounds or steps
 
 
 def watched(method: str, *, steps: int, every: int) -> list[int]:

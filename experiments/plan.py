@@ -31,11 +31,12 @@ from tiltjax.analysis import CHIPS, Collective, Prediction, Shape, predict
 from tiltjax.models.config import REMAT
 from tiltjax.ops.checks import check_at_least
 from tiltjax.train.config import field, from_flags, output_field, write_text
+from tiltjax.train.method import Method
+from tiltjax.train.methods import get_method
 from tiltjax.train.sharding import AXES, parse_mesh
 
 __all__ = ["PlanConfig", "compile_elsewhere", "job", "predictions", "run", "validate"]
 
-METHODS = ("sft", "tilted_mle", "best_of_n_sft", "var", "var_importance", "dpo", "grpo")
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -47,11 +48,13 @@ class PlanConfig:
     mesh: str = field("data:64,fsdp:4", "Device mesh, every size given, such as data:64,fsdp:2,tensor:2.")
     method: str = field(
         "tilted_mle",
-        "What is fitted; of grpo a gradient step, to which advantages, old and reference log-probabilities are data.",
-        choices=METHODS,
+        "A record of tiltjax.train.methods: a gradient step of it is compiled, to which rewards, advantages, old and "
+        "reference log-probabilities are data.",
     )
     batch_size: int = field(256, "Prompts per step, over all devices.")
-    num_candidates: int = field(0, "N, completions per prompt; 0 means 1 for sft, 2 for dpo, else 4.")
+    num_candidates: int = field(
+        0, "N, completions per prompt; 0 means what the record compares, 4 where it leaves that free."
+    )
     prompt_tokens: int = field(256, "S, padded length of a prompt.")
     max_tokens: int = field(128, "T, padded length of a completion.")
     microbatches: int = field(1, "Parts into which a batch is cut to save memory.")
@@ -74,8 +77,9 @@ class PlanConfig:
             raise ValueError(
                 f"batch_size must be a multiple of data * fsdp * microbatches = {rows}, got {self.batch_size}"
             )
-        if self.method == "dpo" and self.num_candidates not in (0, 2):
-            raise ValueError(f"num_candidates must be 2 for dpo, got {self.num_candidates}")
+        own = _own_candidates(get_method(self.method))
+        if own and self.num_candidates not in (0, own):
+            raise ValueError(f"num_candidates must be {own} for {self.method}, got {self.num_candidates}")
         for name in self.chips:
             if name not in CHIPS:
                 raise ValueError(f"chip must be all or some of {', '.join(CHIPS)}; got {name!r}")
@@ -88,8 +92,14 @@ class PlanConfig:
     @property
     def shape(self) -> Shape:
         """Of the global batch."""
-        N = self.num_candidates or {"sft": 1, "dpo": 2}.get(self.method, 4)
+        N = self.num_candidates or _own_candidates(get_method(self.method)) or 4
         return Shape(self.batch_size, N, self.prompt_tokens, self.max_tokens)
+
+
+def _own_candidates(record: Method) -> int:
+    """How many completions of a prompt the record compares; 0 where it leaves that free."""
+    free = record.cross > 1 or (len(record.draw) == 1 and record.num_candidates > 2)
+    return 0 if free else record.num_candidates
 
 
 def mesh_sizes(spec: str) -> dict[str, int]:

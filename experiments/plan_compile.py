@@ -28,18 +28,15 @@ from tiltjax.models import lora
 from tiltjax.models.config import TransformerConfig
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import rounds
-from tiltjax.train.method import Feedback
-from tiltjax.train.methods import METHODS
-from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, var_objective
-from tiltjax.train.policy import model_view
+from tiltjax.train.method import Feedback, Method
+from tiltjax.train.methods import get_method
+from tiltjax.train.policy import model_objective, model_view, with_critics
 from tiltjax.train.sharding import batch_sharding, make_mesh, param_spec, sharded_step, shardings
 from tiltjax.train.state import init_state
 from tiltjax.train.step import LossFn, train_step
 
-__all__ = ["RECORDS", "Job", "Step", "analyse", "job_from", "measure", "prepare", "run"]
+__all__ = ["Job", "Step", "analyse", "job_from", "measure", "prepare", "run"]
 
-RECORDS = ("grpo",)
-"""Methods whose step is a gradient step of a round of `tiltjax.train.rounds`."""
 BETA = 0.1
 
 
@@ -51,7 +48,7 @@ class Job:
       model: Of the policy.
       shape: Of the global batch.
       mesh: As `tiltjax.train.sharding.make_mesh` takes it.
-      method: Of `tiltjax.train.objectives.method_kernel`, "var", or one of `RECORDS`.
+      method: A record, by name: of a gradient step, to which labels and the views that it reads are data.
       param_dtype: Of parameters and of the optimizer's moments.
       lora_rank: 0 trains all parameters.
       microbatches: Parts of the batch.
@@ -94,54 +91,49 @@ def prepare(job: Job) -> Step:
         model = Transformer(jax.random.key(0), job.model)
         model = jax.tree.map(lambda x: x.astype(job.param_dtype), model)
         if not job.lora_rank:
-            return init_state(model, tx), None
+            return init_state(_trained(job, model), tx), None
         adapted = lora.add(jax.random.key(1), model, rank=job.lora_rank)
         trained, frozen = lora.partition(adapted, lora.is_adapter)
-        return init_state(trained, tx), frozen
+        return init_state(_trained(job, trained), tx), frozen
 
     state, frozen = jax.eval_shape(parts)
-    loss_fn = _loss(job)
+    loss_fn = model_objective(_record(job), beta=BETA)
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=job.microbatches)
     function = sharded_step(step, state, frozen, mesh)
     batch = jax.eval_shape(functools.partial(_batch, job, tx=tx), state.params, frozen)
     return Step(function, state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)), mesh, tx, parts, loss_fn)
 
 
-def _loss(job: Job) -> LossFn:
-    if job.method == "var":
-        return var_objective(beta=BETA)
-    if job.method not in RECORDS:
-        return likelihood_objective(method_kernel(job.method, beta=BETA))
+def _record(job: Job) -> Method:
+    """The record, with the job's number of candidates."""
+    record, N = get_method(job.method), job.shape.N
+    if record.cross > 1:
+        return dataclasses.replace(record, cross=N)
+    return record if record.num_candidates == N else dataclasses.replace(record, draw=((record.draw[0][0], N),))
 
-    def loss_fn(params, frozen, batch, key):
-        objective = rounds.objective(METHODS[job.method], view=model_view(frozen=frozen), beta=BETA)
-        return objective(params, frozen, batch, key)
 
-    return loss_fn
+def _trained(job: Job, params: Any) -> Any:
+    critics = _record(job).critics
+    return with_critics(params, features=job.model.features, num=critics) if critics else params
 
 
 def _batch(job: Job, params: Any, frozen: Any, *, tx: Any) -> Any:
     """What a step takes, parameters being there for the views and advantages that a round prepares."""
     B, N, S, T = dataclasses.astuple(job.shape)
-    scores = {"reward": jnp.zeros((B, N))} if job.method not in ("sft", "dpo", "var", *RECORDS) else {}
-    scores |= {"ref_logp": jnp.zeros((B, N))} if job.method == "dpo" else {}
     batch = Candidates(
         prompt=jnp.zeros((B, S), jnp.int32),
         prompt_mask=jnp.ones((B, S), jnp.bool_),
         completion=jnp.zeros((B, N, T), jnp.int32),
         completion_mask=jnp.ones((B, N, T), jnp.bool_),
-        **scores,
+        old_token_logp=jnp.zeros((B, N, T)),
     )
-    if job.method == "var":
-        crossed = jnp.zeros((B, N, B))
-        return VarBatch(candidates=batch, ref_logp=crossed, reward=crossed, own=jnp.arange(B))
-    if job.method not in RECORDS:
-        return batch
-    record = dataclasses.replace(METHODS[job.method], draw=(("current", N),))
-    players, told = rounds.init_players(record, params, tx), Feedback(reward=jnp.zeros((B, N)))
+    zeros = jnp.zeros((B, N))
+    told = Feedback(reward=zeros, cost=zeros, correct=zeros > 0, answer=jnp.zeros((B, N), jnp.int32))
+    players = rounds.init_players(_record(job), params, tx)
     options: dict[str, Any] = {"view": model_view(frozen=frozen), "beta": BETA}
-    _, ready = rounds.prepare(record, players, batch, told, jax.random.key(0), **options)
-    return ready.change(fresh=jnp.zeros(B, bool))
+    _, ready = rounds.prepare(_record(job), players, batch, told, jax.random.key(0), **options)
+    ready = ready.change(candidates=dataclasses.replace(ready.candidates, old_token_logp=None))
+    return ready.change(fresh=jnp.zeros(B, bool)) if ready.old_view is not None else ready
 
 
 def analyse(job: Job, step: Step, compiled: Any) -> dict[str, Any]:

@@ -145,8 +145,8 @@ def _bars(interval: Any) -> np.ndarray:
 def verdict(results: dict) -> str:
     """What the run says about the optimum and the tuned policy, one sentence a line."""
     lines = [
-        f"At beta = {results['report_beta']:g}, beta log Z = {results['optimum']}: the best value of reward - beta KL "
-        "that any policy can reach."
+        f"At beta = {results['report_beta']:g}, beta log Z = {results['optimum']}, an estimate of the best "
+        "reward - beta KL that any policy can reach."
     ]
     if "improvement" in results:
         gain = results["improvement"]

@@ -59,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "spin": {"demonstrations": "answer", "steps": 4},
     "safe_rlhf": {"cost": "brevity"},
 }
-"""Records that learn in rounds, and what each needs: all sources, families and kinds of state are among them."""
+"""Records, and what each needs: all sources, families and kinds of state are among them."""
 
 PROMPTS = [f"I {seen} and" for seen in ("saw the film", "ate the soup", "met the band", "read the book",
                                         "rode the bike", "took the road", "wore the coat", "fed the bird")]  # fmt: skip
@@ -137,16 +137,20 @@ def record(folder: pathlib.Path, name: str, **settings: Any) -> None:
     """Two steps of a record by the engine of `experiments.align`."""
     import dataclasses
 
+    from experiments.align_fit import tune
     from experiments.align_online import improve
+    from tiltjax.train.methods import get_method
 
     method = settings.pop("method", name)
     config = _align_config(folder, name, method=method, **settings)
     directory = pathlib.Path(config.output)
-    improve(dataclasses.replace(_world(folder), config=config, directory=directory))
-    from experiments.align_config import record_of
-
-    rounds = record_of(method, num_candidates=config.num_candidates, steps=config.steps).rounds
-    check_metrics(directory, rounds or config.steps)
+    world = dataclasses.replace(_world(folder), config=config, directory=directory)
+    if config.in_rounds:
+        improve(world)
+        check_metrics(directory, get_method(method).rounds or config.steps)
+    else:
+        tune(world, world.rollout("train", world.model, name="train")[0])
+        check_metrics(directory, config.steps)
 
 
 def align(folder: pathlib.Path, name: str, **settings: Any) -> None:

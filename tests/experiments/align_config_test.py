@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 
 from experiments import launch
-from experiments.align_config import METHODS, RECORDS, AlignConfig, resolved
+from experiments.align_config import UNTRAINED, AlignConfig, resolved
 from experiments.online import OnlineConfig
 from tiltjax.train import methods
 from tiltjax.train.config import load_config, save_config
 
+NAMES = (UNTRAINED, *methods.METHODS)
 NEEDED = {"demonstrations": "answer", "corpus": "corpus.jsonl", "cost": "length"}
 
 
@@ -17,10 +18,10 @@ def of(method, **changes):
     return AlignConfig(method=method, steps=96, **(NEEDED | changes))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_flags_of_a_record_are_its_own_where_nothing_is_said(method, tmp_path):
     adapted, full = of(method), of(method, lora_rank=0)
-    record = methods.METHODS[RECORDS[method]] if method in RECORDS else None
+    record = methods.METHODS.get(method)
     assert adapted.beta == full.beta == (0.1 if record is None else record.own_beta(1.0) ** -1 * record.beta)
     assert adapted.learning_rate == 5e-4  # A record's own, of all parameters, would move no adapter.
     assert full.learning_rate == ((record and record.learning_rate) or 5e-5)
@@ -32,11 +33,11 @@ def test_flags_of_a_record_are_its_own_where_nothing_is_said(method, tmp_path):
     assert "learning_rate" not in launch.command("align", full)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_beta_0_is_legal_where_the_method_allows_it(method):
-    record = methods.METHODS[RECORDS[method]] if method in RECORDS else None
+    record = methods.METHODS.get(method)
     name = method if record is None else record.name
-    if method == "best_of_n_sft" or (record is not None and record.zero_beta):
+    if record is not None and record.zero_beta:
         config = of(method, beta=0)
         assert (config.beta, config.report_beta) == (0, 0.1)
     else:
@@ -53,12 +54,29 @@ def test_what_is_said_counts_and_is_printed():
     )
     assert "--beta=0.4 --report_beta=0.2" in launch.command("align", config)
     assert resolved(of("tilted_mle", lora_rank=0)) == (
-        "tilted_mle: beta 0.1, learning rate 5e-05, all parameters; the report counts at beta 0.1"
+        "tilted_mle: beta 0.1 (published 0.1), learning rate 5e-05, all parameters; the report counts at beta 0.1"
     )
     with pytest.raises(ValueError, match="report_beta must be a finite number above 0, got 0"):
         of("rloo", report_beta=0.0)
     with pytest.raises(ValueError, match="learning_rate must be a finite number above 0, got 0"):
         of("rloo", learning_rate=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "var", "num_prompts": 7, "batch_size": 7}, "num_prompts must be at least 8 for var, got 7"),
+        (
+            {"method": "rwr", "microbatches": 2},
+            "must not be cut for a loss that couples .*method=rwr, mapping='sharded'",
+        ),
+        ({"method": "rwr", "mapping": "pmap"}, "must not be cut for a loss that couples .* microbatches=1"),
+        ({"method": "simpo", "pack": True}, r"pack is for methods that learn once, by weights .*; got method=simpo"),
+    ],
+)
+def test_a_record_says_what_it_cannot_have(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AlignConfig(**settings)
 
 
 def test_every_method_of_an_online_run_has_its_own():

@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 
 from experiments import align_fit, align_world
-from experiments.align_config import AlignConfig
+from experiments.align_config import AlignConfig, record_of
 from experiments.align_given import Given
 from tests.tiny import save_policy
 from tiltjax.data import candidates as batches
 from tiltjax.data.candidates import Candidates
 from tiltjax.train import distributed
-from tiltjax.train.objectives import VarBatch
 
 P, N, T = 32, 2, 24
 SETTINGS = {"reward": "length?target=3", "beta": 0.2, "num_candidates": N, "num_prompts": P, "num_eval_prompts": 2,
             "max_tokens": T, "steps": 6, "checkpoint_every": 6, "batch_size": 8, "sample_batch": 8, "lora_rank": 0,
             "learning_rate": 0.01, "compute_dtype": "float32", "fit_candidates": 0}  # fmt: skip
 KINDS = [(3, 5), (4, 24), (30, 6), (32, 20)]
-"""Prompt and completion lengths: those of eight rows one after the other, so that mini-batches of var differ too."""
+"""Prompt and completion lengths of eight rows one after the other, so that rows that cross prompts differ too."""
 
 
 @pytest.fixture(scope="module")
@@ -74,46 +73,42 @@ CASES = {
     "tilted_mle": {"length_window": 4},
     "dpo": {"length_window": 2, "microbatches": 2, "mesh": "data:2,fsdp:2,tensor:2"},
     "sft": {"length_window": 3, "mapping": "pmap", "length_buckets": 3},
-    "var": {"length_buckets": 2},
+    "kto": {"length_buckets": 2, "length_window": 8},
 }
-
-
-def inner(batch):
-    return batch.candidates if isinstance(batch, VarBatch) else batch
 
 
 @pytest.mark.parametrize("method", CASES)
 def test_every_step_is_padded_to_what_holds_the_batch_of_all_hosts(world_of, monkeypatch, method):
     world, drawn = world_of(method, **CASES[method])
-    data, order, _ = align_fit.training_data(world, drawn)
-    dataset, size = align_fit.host_data(world, data, order)
+    data = align_fit.training_data(world, record_of(world.config), drawn)
+    dataset, size = align_fit.host_data(world, data)
     plain = dataclasses.replace(world, config=dataclasses.replace(world.config, length_buckets=1))
-    wide, _ = align_fit.host_data(plain, data, order)
+    wide, _ = align_fit.host_data(plain, data)
     shares = []
     for mine in (np.arange(2), np.arange(2, 8)):
         monkeypatch.setattr(distributed, "host_rows", lambda place, num: mine)  # noqa: B023
-        shares.append(align_fit.host_data(world, data, order)[0])
+        shares.append(align_fit.host_data(world, data)[0])
     shapes, own = [], []
     for step in range(world.config.steps):
         batch, whole, parts = dataset[step], wide[step], [share[step] for share in shares]
-        S, L = inner(batch).prompt.shape[1], inner(batch).completion.shape[2]
+        S, L = batch.candidates.prompt.shape[1], batch.candidates.completion.shape[2]
         chex.assert_trees_all_equal(batch, jax.tree.map(lambda *rows: np.concatenate(rows), *parts))
-        chex.assert_trees_all_equal(inner(batch), batches.trim(inner(whole), S, L))
-        np.testing.assert_array_equal(batches.lengths(inner(batch)), batches.lengths(inner(whole)))
-        assert size == len(inner(batch).prompt) == 8
+        chex.assert_trees_all_equal(batch.candidates, batches.trim(whole.candidates, S, L))
+        np.testing.assert_array_equal(batches.lengths(batch.candidates), batches.lengths(whole.candidates))
+        assert size == len(batch.candidates.prompt) == 8
         shapes.append((S, L))
-        own.append(batches.lengths(inner(parts[0])).max(axis=0).tolist())
+        own.append(batches.lengths(parts[0].candidates).max(axis=0).tolist())
     assert 1 < len(set(shapes)) <= world.config.length_buckets
     assert any(S > 8 >= short for (S, _), (short, _) in zip(shapes, own, strict=True)) or method != "sft"
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "var"])  # Rows on a mesh, rows under pmap, and crossed rows.
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto"])  # Rows on a mesh, rows under pmap, and crossed rows.
 def test_a_fit_compiles_once_a_shape_and_ends_where_one_without_buckets_does(world_of, monkeypatch, caplog, method):
     caplog.set_level(logging.INFO, logger="experiments.align_fit")
     traced, step = [], align_fit.train_step
 
     def noted(state, batch, *arguments, **options):
-        traced.append(inner(batch).prompt.shape[-1:] + inner(batch).completion.shape[-1:])
+        traced.append(batch.candidates.prompt.shape[-1:] + batch.candidates.completion.shape[-1:])
         return step(state, batch, *arguments, **options)
 
     monkeypatch.setattr(align_fit, "train_step", noted)
@@ -132,7 +127,8 @@ def test_a_fit_compiles_once_a_shape_and_ends_where_one_without_buckets_does(wor
 
 def test_every_demonstration_is_a_row(world_of):
     world, drawn = world_of("sft")
-    rows, order, _ = align_fit.training_data(world, drawn)
+    data = align_fit.training_data(world, record_of(world.config), drawn)
+    rows, order = data.rows.candidates, data.order
     assert len(rows.prompt) == P + P // 2
     seen = np.concatenate([order(step) for step in range(6)])
     assert sorted(seen.tolist()) == list(range(48))
@@ -143,9 +139,9 @@ def test_every_demonstration_is_a_row(world_of):
     np.testing.assert_array_equal(rows.prompt, np.repeat(drawn.prompt, np.resize([1, 2], P), axis=0))
 
 
-@pytest.mark.parametrize("changes", [{"method": "var"}, {"method": "rloo"}, {"method": "best_of_n_sft", "pack": True}])
+@pytest.mark.parametrize("changes", [{"method": "rloo"}, {"method": "best_of_n_sft", "pack": True}])
 def test_a_window_is_refused_where_it_could_do_nothing(changes):
-    with pytest.raises(ValueError, match=r"length_window is for the methods tilted_mle, .* without pack, got method="):
+    with pytest.raises(ValueError, match="length_window is for methods that learn once, without pack; got method="):
         AlignConfig(length_window=2, **changes)
     with pytest.raises(ValueError, match="length_buckets must be at least 1, got 0"):
         AlignConfig(length_buckets=0)

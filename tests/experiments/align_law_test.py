@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import align, align_given, align_law, align_world
-from experiments.align_config import RECORDS, AlignConfig
+from experiments.align_config import AlignConfig
 from experiments.online import OnlineConfig
 from experiments.reward_model import RewardConfig
 from tiltjax.data import candidates as batches
@@ -80,7 +80,7 @@ def test_what_is_cut_is_counted_and_taught_without_an_end(tmp_path, caplog, flag
     rows = align_world.prompt_rows(config.prompts, 12, seed=0)[:8]
     tokenizer = text.load_tokenizer(config.policy)
     with caplog.at_level(logging.WARNING):
-        given = align_given.load_given(config, methods.METHODS[RECORDS[method]], rows, tokenizer)
+        given = align_given.load_given(config, methods.METHODS[method], rows, tokenizer)
     number = "4 of 8" if flag == "demonstrations" else "8 of 16"
     message = f"{flag}: {number} completions have more than max_tokens=12 tokens, the longest 61"
     assert message in caplog.text
@@ -91,7 +91,7 @@ def test_what_is_cut_is_counted_and_taught_without_an_end(tmp_path, caplog, flag
         prompt = np.zeros((8, 1), np.int32)
         empty = np.zeros((8, 0, 12), np.int32)
         fields = {"prompt": prompt, "prompt_mask": prompt == 0, "completion": empty, "completion_mask": empty > 0}
-        data = given.each(batches.Candidates(**fields))
+        data, _ = given.each(batches.Candidates(**fields))
     ends = text.end_ids(tokenizer)
     cut = batches.truncated(data, ends)
     assert cut.sum() == len(cut) / 2

@@ -18,7 +18,7 @@ from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.registry import load_reward
 from tiltjax.train.config import load_config, save_config
 from tiltjax.train.learned_reward import RewardSpec
-from tiltjax.train.methods import METHODS
+from tiltjax.train.methods import METHODS, RENAMED
 from tiltjax.train.policy import model_view
 from tiltjax.train.rounds import init_players
 from tiltjax.train.sharding import make_mesh
@@ -80,9 +80,9 @@ def drawing(home, tmp_path, monkeypatch):
         world = align_world.World(
             config=config, directory=tmp_path, tokenizer=tokenizer, model=None, scorer=None, sampler=None,
             reward=reward or load_reward(config.reward), rows={"train": rows}, mesh=make_mesh(""), fingerprint="",
-            given=align_given.load_given(config, METHODS[align_config.RECORDS[method]], rows, tokenizer),
+            given=align_given.load_given(config, METHODS[method], rows, tokenizer),
         )  # fmt: skip
-        record = align_config.record_of(method, num_candidates=4, steps=config.steps)
+        record = align_config.record_of(config)
         draw = align_online._drawing(world, record, minibatches=minibatches)
         drawn, told, draws = draw(NOBODY, jax.random.key(seed), 0)
         return world, drawn, told, draws
@@ -116,7 +116,7 @@ def test_what_is_cut_is_a_metric_and_may_be_masked(home, drawing, method):
     assert cut.any()
     np.testing.assert_array_equal(learned(masked), ~cut if plain.where is None else plain.where & ~cut)
     assert plain.loss_mask is None
-    record = METHODS[align_config.RECORDS[method]]
+    record = METHODS[method]
     written = [source not in ("data", "corpus") for source, num in record.draw for _ in range(num)]
     where = np.ones(cut.shape, bool) if plain.where is None else plain.where
     assert share_cut(plain, (EOS,), record) == cut[where & written].mean()
@@ -273,15 +273,20 @@ class TestWhatIsMissing:
             drawing("safe_rlhf", cost="exact_match", prompts=f"{home}/told.jsonl")
 
     def test_what_a_record_cannot_have(self, home, tmp_path):
-        with pytest.raises(ValueError, match="mapping must be sharded for method=rloo, got 'pmap'"):
+        with pytest.raises(
+            ValueError,
+            match="mapping must be sharded for a method that learns in rounds; got method=rloo",
+        ):
             config_of(home, tmp_path, "rloo", mapping="pmap")
         with pytest.raises(ValueError, match="steps must be a multiple of the 4 rounds of rebel, got 3"):
             config_of(home, tmp_path, "rebel", steps=3)
 
 
-def test_every_record_has_a_name_on_the_command_line():
-    taken = {*align_config.RECORDS.values(), "dpo", "best_of_n_sft"}
-    assert taken == set(METHODS)
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_name_of_before_is_refused_with_the_new_one(old):
+    assert old not in METHODS
+    with pytest.raises(ValueError, match=f"method '{old}' is now called '{RENAMED[old]}'"):
+        AlignConfig(method=old)
 
 
 class Killed(Exception):

@@ -16,7 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import align, align_fit, align_world
-from experiments.align_config import HOW, AlignConfig
+from experiments.align_config import HOW, AlignConfig, record_of
 from experiments.run_directory import Run
 from tests.tiny import save_policy
 from tiltjax.data import text
@@ -221,7 +221,10 @@ def refused(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.0}, "beta of method tilted_mle must be a finite number above 0, got 0.0"),
+        (
+            {"beta": 0.0},
+            "labels divide by it) for method tilted_mle, got 0.0",
+        ),
         ({"num_candidates": 1}, "num_candidates must be at least 2, got 1"),
         ({"batch_size": 16}, "batch_size must be at most num_prompts=8, got 16"),
         ({"method": "spin", "steps": 4}, "--method=spin needs --demonstrations"),
@@ -318,37 +321,44 @@ def test_a_reward_that_fails_is_named(home, tmp_path, refused, compiled_once, re
     assert not (tmp_path / "run").exists()
 
 
-def test_the_reference_is_scored_once_and_only_where_a_loss_needs_it(home, tmp_path, compiled_once):
-    """The reference's log-probabilities lie beside the candidates, and are those of no other reference or tokenizer."""
+def test_the_reference_is_asked_of_what_steps_see_and_only_where_a_record_reads_it(home, tmp_path, compiled_once):
     world = align_world.prepare(AlignConfig(**settings(home, tmp_path, batch_size=8, sample_batch=8)), tmp_path)
     drawn, _ = world.rollout("train", world.model, name="train")
-    scored = []
+    seen, score = [], world.score
 
-    def scorer(temperature):
-        def score(model, candidates):
-            scored.append(candidates.completion.shape)
-            return world.scorer(temperature)(model, candidates)
+    def viewer(temperature):
+        def view(model, candidates):
+            seen.append(candidates.completion.shape)
+            return world.viewer(temperature)(model, candidates)
 
-        return score
+        return view
 
     def data(method, **changes):
-        config = dataclasses.replace(world.config, method=method)
-        return align_fit.training_data(dataclasses.replace(world, config=config, scorer=scorer, **changes), drawn)[0]
+        config = dataclasses.replace(world.config, method=method, steps=2, **changes)
+        watched = dataclasses.replace(world, config=config, viewer=viewer)
+        return align_fit.training_data(watched, record_of(config), drawn).rows
 
-    for method in ("tilted_mle", "best_of_n_sft", "var_importance"):
-        assert data(method).ref_logp is None
-    assert scored == []
-    first = data("dpo")
-    assert [shape[1] for shape in scored] == [2]  # The pair, not all N.
-    np.testing.assert_allclose(first.ref_logp, world.scorer(1.0)(world.model, first), rtol=1e-5)
-    again = data("dpo")
-    assert len(scored) == 1
-    np.testing.assert_array_equal(again.ref_logp, first.ref_logp)
-    crossed = data("var").ref_logp
-    np.testing.assert_array_equal(data("var").ref_logp, crossed)
-    assert len(scored) == 2
+    for method in ("tilted_mle", "best_of_n_sft", "var_importance", "simpo"):
+        assert data(method).ref_view is None
+    assert seen == []
+    pairs = data("dpo")
+    assert pairs.source.shape == (16, 2)  # Of 32 pairs, those of two steps.
+    assert sum(shape[0] for shape in seen) == 16
+    c = pairs.candidates
+    expected = jax.jit(type(world.model).score)(world.model, c.prompt, c.prompt_mask, c.completion).logp
+    mask = c.completion_mask
+    np.testing.assert_allclose(pairs.ref.token_logp[mask], expected[mask], atol=1e-5, rtol=1e-5)
+    crossed = data("var")
+    rows = dict(zip(map(tuple, world.encode(world.rows["train"])), world.rows["train"], strict=True))
+    c = crossed.candidates
+    asked = [rows[tuple(prompt[mask].tolist())] for prompt, mask in zip(c.prompt, c.prompt_mask, strict=True)]
+    np.testing.assert_allclose(crossed.reward, score(asked, world.texts(c)), rtol=1e-6)
+    with pytest.MonkeyPatch.context() as patch:  # What a reward said once is not asked again.
+        patch.setattr(align_world, "score_rows", lambda *_, **__: pytest.fail("scored again"))
+        np.testing.assert_array_equal(data("var").reward, crossed.reward)
+    world = dataclasses.replace(world, fingerprint="0" * 16)
     with pytest.raises(ValueError, match="made by another policy, tokenizer, prompts or settings"):
-        data("dpo", fingerprint="0" * 16)
+        data("var")
 
 
 def test_prompts_that_cannot_be_divided_give_the_same_candidates(home, tmp_path, compiled_once):
@@ -376,8 +386,9 @@ def test_packed_rows_hold_what_counts_in_one_shape(home, tmp_path, compiled_once
     options = settings(home, tmp_path, batch_size=8, sample_batch=8, method="best_of_n_sft", pack=True)
     world = align_world.prepare(AlignConfig(**options), tmp_path)
     drawn, _ = world.rollout("train", world.model, name="train")
-    data, order, _ = align_fit.training_data(world, drawn)
-    take, rows = align_fit.packed(world, data, order)
+    data = align_fit.training_data(world, record_of(world.config), drawn)
+    take, rows = align_fit.packed(world, data)
+    order = data.order
     best = np.asarray(drawn.reward).argmax(axis=1)
     tokens = drawn.completion_mask[np.arange(8), best].sum(axis=-1)
     for step in range(STEPS):
@@ -388,7 +399,7 @@ def test_packed_rows_hold_what_counts_in_one_shape(home, tmp_path, compiled_once
         assert batch.count.sum() == 8
         assert (batch.segment >= 0).sum() == (tokens + drawn.prompt_mask.sum(axis=-1))[order(step)].sum()
     assert rows % 8 == 0
-    with pytest.raises(ValueError, match="pack is for the methods tilted_mle, best_of_n_sft, sft, got method=dpo"):
+    with pytest.raises(ValueError, match=r"pack is for methods that learn once, by weights .*; got method=dpo"):
         AlignConfig(**options | {"method": "dpo"})
 
 

@@ -101,7 +101,7 @@ def finished(tmp_path_factory):
     methods = [get_method("rloo")]
     results = arena.compete(world(), BUDGET, methods, folder / "methods")
     still = results[0] | {
-        "name": "tilted_mle",
+        "name": "online_tilted_mle",
         "curves": [[[run[0]] * len(run) for run in seeds] for seeds in results[0]["curves"]],
     }
     table = arena_report.write(folder, world(), BUDGET, [still, *results])
@@ -155,7 +155,7 @@ def test_the_report_has_the_plots_and_the_table(finished):
     written = json.loads((folder / "results.json").read_text())
     shares = [row["share"] for row in written["methods"]]
     assert shares == sorted(shares)
-    assert [row["name"] for row in written["methods"]] == ["rloo", "tilted_mle"]
+    assert [row["name"] for row in written["methods"]] == ["rloo", "online_tilted_mle"]
     assert shares[1] == pytest.approx(1, abs=1e-3)
     (claim,) = written["claims"]
     assert claim["claim"].startswith("Losses that push down bad candidates")

@@ -156,7 +156,8 @@ def test_memory_is_what_the_state_takes_on_a_device(sharded):
     memory = result["memory"]
     assert memory["parameters"] == held(state.params) == memory["gradients"]
     assert memory["optimizer"] == held(state.opt_state)
-    batch = 2 * 5 * (12 + 2 * 9) + 2 * 2 * 4  # Tokens and masks, reference log-probabilities.
+    # Tokens and masks; the reference's log-probability of each; rewards, and what counts.
+    batch = 2 * 5 * (12 + 2 * 9) + 2 * 2 * 4 * 9 + 2 * 2 * (4 + 1)
     assert memory["arguments"] == memory["parameters"] + memory["optimizer"] + batch + 4
     assert memory["donated"] == held(state)
     assert memory["peak"] > memory["arguments"] + memory["gradients"]
@@ -245,11 +246,12 @@ def test_the_memory_of_a_plan_is_that_of_a_step_that_runs(sharded):
     state = jax.jit(step.make, out_shardings=shardings((step.state, step.frozen), step.mesh))()[0]
     assert held() - before == planned["parameters"] + planned["optimizer"] + 4 == planned["donated"]
     batch = jax.device_put(jax.tree.map(lambda a: np.ones(a.shape, a.dtype), step.batch), batch_sharding(step.mesh))
-    assert held() - before == planned["arguments"]
+    unread = 2 * 2 * 4 * (1 + 2 * 9)  # Of a pair: its source, and what the reference says beside log-probabilities.
+    assert held() - before == planned["arguments"] + unread
     state, metrics = compiled(state, batch, key, None)
     jax.block_until_ready(state)
     # The old state has made room for the new one; a few scalars are new.
-    assert held() - before == planned["arguments"] + sum(x.nbytes for x in metrics.values())
+    assert held() - before == planned["arguments"] + unread + sum(x.nbytes for x in metrics.values())
     assert planned["temporaries"] == compiled.memory_analysis().temp_size_in_bytes
     assert np.isfinite(metrics["loss"])
     del state, batch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import align_given, align_world, reward_world
-from experiments.align_config import RECORDS, AlignConfig
+from experiments.align_config import AlignConfig
 from tiltjax.data import text
 from tiltjax.data.datasets import DataError
 from tiltjax.train.methods import METHODS
@@ -91,7 +91,7 @@ def test_bad_rows_of_what_is_given(tmp_path, caplog, method):
     flag = {"sft": "demonstrations", "ppo_ptx": "corpus"}[method]
     config = dataclasses.replace(CONFIG, method=method, **{flag: str(tmp_path / "told.jsonl")})
     rows = [align_world.PromptRow(f"p {i}", {}) for i in range(8)]
-    record, tokenizer = METHODS[RECORDS[method]], text.load_tokenizer(config.policy)
+    record, tokenizer = METHODS[method], text.load_tokenizer(config.policy)
     with pytest.raises(DataError, match=r"told\.jsonl:1: no column 'completion'"):
         align_given.load_given(config, record, rows, tokenizer)
     given = align_given.load_given(dataclasses.replace(config, skip_bad_rows=True), record, rows, tokenizer)

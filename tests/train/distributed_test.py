@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import chex
 import jax
@@ -24,11 +23,10 @@ from safetensors.numpy import load_file
 
 from experiments import align
 from experiments.align_config import AlignConfig
-from experiments.align_fit import host_data
 from tests.tiny import save_policy
 from tests.train.hosts_main import adapted, improved, rewarded, shared_programs
 from tests.train.worlds import CONFIG
-from tiltjax.data.pipeline import epoch_batches
+from tiltjax.data.pipeline import epoch_batches, host_batches
 from tiltjax.models.transformer import Transformer
 from tiltjax.train import checkpoint, distributed
 from tiltjax.train.distributed import Hosts, fetch, gather_rows, global_batch, host_rows, initialize, share
@@ -370,7 +368,7 @@ def test_one_process_has_every_row():
     np.testing.assert_array_equal(here, rows)
 
 
-def test_a_host_builds_its_own_rows_of_a_batch_only(monkeypatch):
+def test_a_host_builds_its_own_rows_of_a_batch_only():
     """The shares of two hosts are the batch of one, and of the data each touches only those."""
     rows, touched = np.arange(60.0).reshape(20, 3), []
 
@@ -379,18 +377,16 @@ def test_a_host_builds_its_own_rows_of_a_batch_only(monkeypatch):
             touched.extend(which.tolist())
             return rows[which]
 
-    config = SimpleNamespace(batch_size=8, steps=5, pack=False, length_buckets=1)
-    world, order = SimpleNamespace(config=config, mesh=make_mesh("data:4,fsdp:2")), epoch_batches(20, 8, seed=1)
-    parts, (whole, size) = [], host_data(world, rows, order)
+    order, watched = epoch_batches(20, 8, seed=1), Watched()
+    whole = [rows[order(step)] for step in range(5)]
+    parts = []
     for mine in (np.arange(4), np.arange(4, 8)):
-        monkeypatch.setattr(distributed, "host_rows", lambda place, num: mine)  # noqa: B023
-        share, touched[:] = host_data(world, Watched(), order)[0], []
+        touched.clear()
+        share = host_batches(lambda which: watched[which], order, num_steps=5, rows=mine)
         parts.append([share[step] for step in range(5)])
         assert touched == np.concatenate([order(step)[mine] for step in range(5)]).tolist()
-    assert size == 8
     for step in range(5):
         np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), whole[step])
-        np.testing.assert_array_equal(whole[step], rows[order(step)])
 
 
 def test_shares_cover_all_rows_in_order(monkeypatch):

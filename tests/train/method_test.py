@@ -119,17 +119,18 @@ ONCE = [name for name in METHODS if name.removeprefix("online_") not in PAIRWISE
 
 @pytest.mark.parametrize("name", ONCE)
 def test_label_advantage_and_loss_of_every_record_fit(name, monkeypatch):
-    """Traced, not computed. Whether they or the memory read the reference, the record says."""
+    """Traced, not computed. Whether they or the memory read the reference or the old policy, the record says."""
     read = []
-    monkeypatch.setattr(Batch, "ref", property(lambda batch: read.append(batch) or batch.ref_view))
-    method = dataclasses.replace(get_method(name), reads_reference=True)
+    monkeypatch.setattr(Batch, "ref", property(lambda batch: read.append("ref") or batch.ref_view))
+    monkeypatch.setattr(Batch, "old", property(lambda batch: read.append("old") or batch.old_view))
+    method = dataclasses.replace(get_method(name), reads_reference=True, reads_old=True)
     players = loop.init_players(method, TABLE, TX)
 
     def loss(params, beta):
         held = dataclasses.replace(players, state=dataclasses.replace(players.state, params=params))
         drawn = loop.collect(method, held, prompts(8), jax.random.key(0), sample=sample)
         memory, batch = loop.prepare(method, held, drawn, score(drawn), jax.random.key(1), view=view, beta=beta)
-        value, _ = loop.objective(method, view=view, beta=beta)(params, None, batch, jax.random.key(2))
+        value = method.loss(view(params, batch.candidates), batch, beta)
         return memory, value
 
     memory, value = jax.eval_shape(loss, TABLE, jnp.float32(0.5))
@@ -137,15 +138,16 @@ def test_label_advantage_and_loss_of_every_record_fit(name, monkeypatch):
     assert (value.total.shape, value.count.shape) == ((), ())
     assert method.paper
     assert name == method.name
-    assert bool(read) == get_method(name).reads_reference
+    assert ("ref" in read) == get_method(name).reads_reference
+    assert "old" not in read or get_method(name).reads_old
 
 
 @pytest.mark.parametrize(
-    ("name", "calls"), [("sft", 1), ("raft", 1), ("best_of_n_sft", 1), ("simpo", 1), ("online_orpo", 1), ("dpo", 2),
-                        ("ppo", 2), ("rloo", 2)],
+    ("name", "read"), [("sft", ""), ("best_of_n_sft", ""), ("simpo", ""), ("raft", "old"), ("online_orpo", "old"),
+                       ("dpo", "ref"), ("ppo", "old ref"), ("rloo", "old ref")],
 )  # fmt: skip
-def test_the_reference_is_asked_where_it_is_read(name, calls):
-    """And the KL to it is measured there only."""
+def test_policies_are_asked_where_they_are_read(name, read):
+    """And what needs their answer is measured there only."""
     method, asked = get_method(name), []
 
     def counted(params, candidates):
@@ -156,13 +158,15 @@ def test_the_reference_is_asked_where_it_is_read(name, calls):
         players = loop.init_players(method, TABLE, TX)
         drawn = loop.collect(method, players, prompts(), jax.random.key(0), sample=sample)
         _, batch = loop.prepare(method, players, drawn, score(drawn), jax.random.key(1), view=counted, beta=0.5)
-        assert (asked[-1] is players.reference) == (calls == 2)
-        assert (batch.ref_view is None) == (calls == 1)
+        names = {"old": players.state.params, "ref": players.reference}
+        assert [any(one is params for one in asked) for params in names.values()] == [name in read for name in names]
+        assert (batch.old_view is None, batch.ref_view is None) == ("old" not in read, "ref" not in read)
         return loop.measures(view(TABLE, batch.candidates), batch)
 
     measured = jax.eval_shape(run)
-    assert len(asked) == calls
-    assert {"kl_k1", "kl_k3"} & set(measured) == ({"kl_k1", "kl_k3"} if calls == 2 else set())
+    assert len(asked) == len(read.split())
+    expected = ({"off_policy"} if "old" in read else set()) | ({"kl_k1", "kl_k3"} if "ref" in read else set())
+    assert {"off_policy", "kl_k1", "kl_k3"} & set(measured) == expected
 
 
 def test_a_round_without_a_reference_learns():
@@ -170,9 +174,11 @@ def test_a_round_without_a_reference_learns():
         loop.init_players(get_method("raft"), TABLE, TX)
     )
     assert np.abs(np.asarray(after.state.params["logits"] - TABLE["logits"])).max() > 0.01
-    assert {"loss", "grad_norm", "off_policy", "entropy", "reward", "length"} == set(metrics)
+    assert {"loss", "logp", "grad_norm", "off_policy", "entropy", "reward", "length"} == set(metrics)
     with pytest.raises(ValueError, match="reads_reference must be True for a method that reads the reference's view"):
         jax.eval_shape(lambda: one_round(dataclasses.replace(get_method("dpo"), reads_reference=False)))
+    with pytest.raises(ValueError, match="reads_old must be True for a method that reads the policy's old view"):
+        jax.eval_shape(lambda: one_round(dataclasses.replace(get_method("grpo"), reads_old=False)))
 
 
 def test_pairwise_losses_take_pairs_and_differ(monkeypatch):
@@ -213,7 +219,8 @@ def test_a_round_moves_the_policy_and_nothing_that_is_frozen(name):
     assert int(after.state.step) == method.epochs
     assert int(after.round) == 1
     kept = {"multiplier", "cost"} if name == "safe_rlhf" else set()
-    assert {"loss", "grad_norm", "off_policy", "kl_k1", "kl_k3", "entropy", "reward", "length"} | kept == set(metrics)
+    every = {"loss", "logp", "grad_norm", "off_policy", "kl_k1", "kl_k3", "entropy", "reward", "length"}
+    assert every | kept == set(metrics)
     assert all(np.isfinite(float(x)) for x in metrics.values())
 
 
@@ -295,7 +302,7 @@ def test_padding_moves_no_metric_no_loss_and_no_gradient(name):
     def spoil(x):
         return np.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 3)), x, np.float32(np.nan))
 
-    changes = {seen: jax.tree.map(spoil, getattr(batch, seen)) for seen in ("old", "ref_view")}
+    changes = {seen: jax.tree.map(spoil, getattr(batch, seen)) for seen in ("old_view", "ref_view")}
     if batch.advantage is not None and batch.advantage.ndim == 3:
         changes["advantage"] = spoil(batch.advantage)
     tokens = np.where(mask, batch.candidates.completion, 3)
@@ -327,7 +334,7 @@ def learned_from(loss_mask, fill, *, name):
     return jax.value_and_grad(total, has_aux=True)(OTHER)
 
 
-MASKED = ["dpo", "simpo", "ld_dpo", "grpo", "reinforce_pp", "ppo_ptx", "prime", "kto", "var_printed", "self_certainty"]
+MASKED = ["dpo", "simpo", "ld_dpo", "grpo", "reinforce_pp", "ppo_ptx", "prime", "kto", "var", "self_certainty"]
 
 
 @pytest.mark.robustness(
@@ -378,7 +385,7 @@ def test_the_reward_lands_on_the_last_real_token():
     batch = batch_of("ppo")
     old = dataclasses.replace(batch.old, value=jnp.zeros_like(batch.old.value))
     run = jax.jit(lambda batch: actor_critic(batch.reward, batch, beta=0.0, lam=0.0))
-    advantage, returns = run(batch.change(old=old))
+    advantage, returns = run(batch.change(old_view=old))
     ends = np.asarray(batch.mask.sum(-1)) - 1
     assert len(set(ends.ravel().tolist())) > 1
     for b, n in np.ndindex(ends.shape):
@@ -386,7 +393,7 @@ def test_the_reward_lands_on_the_last_real_token():
         np.testing.assert_allclose(advantage[b, n], expected, rtol=1e-6)
     np.testing.assert_array_equal(returns, advantage)
     with pytest.raises(ValueError, match="view must give values"):
-        actor_critic(batch.reward, batch.change(old=dataclasses.replace(old, value=None)), beta=0.0)
+        actor_critic(batch.reward, batch.change(old_view=dataclasses.replace(old, value=None)), beta=0.0)
 
 
 class TestLabels:
@@ -449,7 +456,7 @@ class TestLabels:
             assert float(loss) == pytest.approx((weight / (1 + np.exp(-sign * gain))).mean(), rel=1e-5)
 
     def test_a_sampler_that_is_not_the_reference_is_corrected(self):
-        method = get_method("tilted_mle")
+        method = get_method("online_tilted_mle")
 
         @jax.jit
         def run():
@@ -463,7 +470,7 @@ class TestLabels:
         np.testing.assert_allclose(corrected, raw + 0.5 * ratio, rtol=1e-4, atol=1e-5)
 
     def test_completions_cross_prompts(self):
-        batch = batch_of("var_printed")
+        batch = batch_of("var")
         assert batch.reward.shape == (4, 8)
         own = batch.candidates.completion[:, 0]
         for j in range(8):
@@ -622,7 +629,7 @@ class TestRecord:
             get_method("magic")
 
     def test_schedules(self):
-        names = ("dpo", "tilted_mle_iterated", "rloo")
+        names = ("dpo", "iterated_tilted_mle", "rloo")
         assert [get_method(name).schedule for name in names] == ["offline", "iterated", "online"]
 
 

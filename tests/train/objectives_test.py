@@ -12,15 +12,11 @@ from scipy.special import expit, log_softmax, softmax
 from tests.train.worlds import ragged_candidates, tiny_model
 from tiltjax.data.candidates import lengths, trim
 from tiltjax.data.packing import pack_sequences
-from tiltjax.train.objectives import (
-    VarBatch,
-    candidate_weights,
-    likelihood_objective,
-    method_kernel,
-    packed_objective,
-    sft_objective,
-    var_objective,
-)
+from tiltjax.train import offline
+from tiltjax.train.method import Feedback, View
+from tiltjax.train.methods import METHODS as RECORDS
+from tiltjax.train.objectives import candidate_weights, likelihood_objective, packed_objective, sft_objective
+from tiltjax.train.policy import model_objective
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 
@@ -36,6 +32,7 @@ def batch():
     mask = whole.completion_mask.copy()
     mask[4, 1] = False
     spoilt = {name: np.where(WHERE, getattr(whole, name), np.nan) for name in ("reward", "ref_logp")}
+    spoilt["ref_logp"][4, 1] = 0
     return dataclasses.replace(whole, completion_mask=mask, where=WHERE, **spoilt)
 
 
@@ -54,6 +51,25 @@ def token_logp():
     hidden = np.asarray(jax.jit(type(model).hidden)(model, c.prompt, c.prompt_mask, c.completion), np.float64)
     logp = log_softmax(hidden @ np.asarray(model.projection(), np.float64).T, axis=-1)
     return np.take_along_axis(logp, c.completion[..., None], axis=-1)[..., 0]
+
+
+def view_of(logp, mask):
+    """What has these log-probabilities of whole completions."""
+    first = mask & (np.cumsum(mask, axis=-1) == 1)
+    token_logp = jnp.where(first, jnp.asarray(logp, jnp.float32)[..., None], 0)
+    return View(token_logp=token_logp, entropy=jnp.zeros(mask.shape), self_certainty=jnp.zeros(mask.shape))
+
+
+def record(method, **changes):
+    """The record without its label: candidates are in order."""
+    return dataclasses.replace(RECORDS[method], label=None, **changes)
+
+
+def labelled(method, part):
+    """The candidates as the record's loss takes them, at `BETA`."""
+    ref = None if part.ref_logp is None else view_of(part.ref_logp, part.completion_mask)
+    told = Feedback(reward=part.reward)
+    return offline.labelled(record(method), part, told, jax.random.key(0), seen=ref, beta=BETA)
 
 
 def logp():
@@ -94,25 +110,32 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_kernels_are_their_formulas_and_masked_is_left_out(method):
-    kernel = method_kernel(method, beta=BETA)
-    logp_, values = (
-        np.float32(np.where(WHERE, logp(), np.nan)),
-        [EXPECTED[method](*r) if len(r[0]) else 0 for r in rows()],
-    )
-    np.testing.assert_allclose(kernel(jnp.asarray(logp_), batch())[0], values, rtol=1e-5)
-    grad = jax.grad(lambda x: jnp.sum(kernel(x, batch())[0]))(jnp.asarray(logp_))
+def test_losses_are_their_formulas_and_masked_is_left_out(method):
+    part, mask = labelled(method, batch()), batch().completion_mask
+    spoilt = jnp.asarray(np.where(WHERE, logp(), np.nan), jnp.float32)
+
+    @jax.jit
+    def total(x):
+        loss = record(method).loss(view_of(x, mask), part, BETA)
+        return loss.total, loss.count
+
+    (value, count), grad = jax.value_and_grad(total, has_aux=True)(spoilt)
+    each = [EXPECTED[method](*r) for r in rows() if len(r[0])]
+    assert count == (sum(len(r[0]) == 2 for r in rows()) if method == "dpo" else len(each))
+    assert value == pytest.approx(sum(each), rel=1e-5)
     assert np.isfinite(grad).all()
     assert not np.asarray(grad)[~WHERE].any()
     assert np.asarray(grad)[0].any()
 
 
 def test_prompts_without_a_candidate_do_not_count():
-    loss, count, metrics = evaluated(likelihood_objective(method_kernel("tilted_mle", beta=BETA)), batch())
+    part = labelled("tilted_mle", batch())
+    loss, count, metrics = evaluated(model_objective(record("tilted_mle"), beta=BETA), part)
     real = [row for row in rows() if len(row[0])]
     assert count == len(real) == 5
     assert loss == pytest.approx(np.mean([EXPECTED["tilted_mle"](*row) for row in real]), rel=1e-5)
-    assert metrics == {"logp": pytest.approx(np.mean([row[0].mean() for row in real]), rel=1e-5)}
+    assert metrics["logp"] == pytest.approx(np.mean(np.concatenate([row[0][row[0] != 0] for row in real])), rel=1e-5)
+    assert set(metrics) == {"logp", "entropy", "reward", "length"}  # Nobody asked the reference or the old policy.
 
 
 WEIGHTS = {
@@ -125,10 +148,12 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_candidates_weigh_what_their_formula_says(method):
-    weights = np.asarray(candidate_weights(method_kernel(method, beta=BETA), batch()))
-    for row, where, reward in zip(weights, WHERE, batch().reward, strict=True):
+    part = labelled(method, dataclasses.replace(batch(), ref_logp=None))
+    weights = np.asarray(candidate_weights(record(method), part, beta=BETA))
+    for row, where, some, reward in zip(weights, WHERE, batch().completion_mask.any(-1), batch().reward, strict=True):
         if where.any():
-            np.testing.assert_allclose(row[where], WEIGHTS[method](np.float64(reward[where])), rtol=1e-5)
+            expected = WEIGHTS[method](np.float64(reward[where])) * some[where]  # One completion has no token.
+            np.testing.assert_allclose(row[where], expected, rtol=1e-5)
         assert not row[~where].any()
 
 
@@ -139,7 +164,7 @@ def test_a_likelihood_is_that_of_the_tokens_that_are_learned_from():
     real = part.where & part.loss_mask.any(-1)
     reward = [np.float64(row[where]) for row, where in zip(part.reward, real, strict=True) if where.any()]
     logp = [row[where] for row, where in zip(told, real, strict=True) if where.any()]
-    loss, count, _ = evaluated(likelihood_objective(method_kernel("tilted_mle", beta=BETA)), part)
+    loss, count, _ = evaluated(model_objective(record("tilted_mle"), beta=BETA), labelled("tilted_mle", part))
     assert count == len(logp)
     expected = [-(softmax(r / BETA) * row).sum() for r, row in zip(reward, logp, strict=True)]
     assert loss == pytest.approx(np.mean(expected), rel=1e-5)
@@ -151,8 +176,8 @@ def test_a_likelihood_is_that_of_the_tokens_that_are_learned_from():
 @pytest.mark.parametrize("batch", [batch, masked])
 def test_packed_rows_give_the_loss_and_the_gradient_of_the_candidates(batch):
     """Several sequences to a row, a row of nothing, what is masked left out, also inside a completion."""
-    kernel = method_kernel("tilted_mle", beta=BETA)
-    weights = np.asarray(candidate_weights(kernel, batch()))
+    part = labelled("tilted_mle", batch())
+    weights = np.asarray(candidate_weights(record("tilted_mle"), part, beta=BETA))
     rows = pack_sequences(batch(), weights, length=20, rows=8, pad_id=9)
     assert (rows.segment.max(axis=1) > 0).any()
     assert (rows.segment[-1] == -1).all()
@@ -165,7 +190,10 @@ def test_packed_rows_give_the_loss_and_the_gradient_of_the_candidates(batch):
         grad, (loss, seen) = jax.jit(jax.grad(total, has_aux=True))(tiny_model())
         return jax.tree.leaves((grad, loss)), float(seen.mean)
 
-    (expected, _), (packed, mean) = both(likelihood_objective(kernel), batch()), both(packed_objective(), rows)
+    (expected, _), (packed, mean) = (
+        both(model_objective(record("tilted_mle"), beta=BETA), part),
+        both(packed_objective(), rows),
+    )
     for a, b in zip(packed, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * max(1, float(np.abs(b).max())))
     mass = np.where(batch().completion_mask.any(axis=-1), weights, 0).sum()
@@ -173,39 +201,30 @@ def test_packed_rows_give_the_loss_and_the_gradient_of_the_candidates(batch):
 
 
 def test_dpo_at_the_reference():
-    part = dataclasses.replace(ragged_candidates(6), ref_logp=np.full((6, 2), -3.0, np.float32))
-    loss, metrics = method_kernel("dpo", beta=BETA)(jnp.asarray(part.ref_logp), part)
-    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
-    np.testing.assert_array_equal(metrics["margin"], 0)
-    _, metrics = method_kernel("dpo", beta=BETA)(jnp.asarray(part.ref_logp + np.array([[0.0, 1.0]], np.float32)), part)
-    np.testing.assert_allclose(metrics["margin"], -BETA, rtol=1e-6)
-    np.testing.assert_array_equal(metrics["accuracy"], 0)
+    part = labelled("dpo", dataclasses.replace(ragged_candidates(6), ref_logp=np.full((6, 2), -3.0, np.float32)))
+    for moved, margin, accuracy in ((0.0, 0.0, 0.0), (1.0, -BETA, 0.0), (-1.0, BETA, 1.0)):
+        view = view_of(np.float32([[-3.0, -3.0 + moved]] * 6), part.candidates.completion_mask)
+        loss, metrics = record("dpo").loss(view, part, BETA), record("dpo").measures(view, part, BETA)
+        assert float(loss.mean) == pytest.approx(np.log1p(np.exp(-margin)), rel=1e-6)
+        assert float(metrics["margin"].mean) == pytest.approx(margin, rel=1e-6)
+        assert float(metrics["accuracy"].mean) == accuracy
 
 
-def test_var_normalises_every_candidate_index_over_the_prompts():
+def test_var_normalises_over_the_completions_of_other_prompts():
     rng = np.random.default_rng(1)
-    part = dataclasses.replace(batch(), where=None, completion_mask=ragged_candidates(6).completion_mask)
-    ref_logp, reward = rng.normal(-3, 1, (6, 2, 6)), rng.normal(size=(6, 2, 6))
-    values = [np.float32(x) for x in (ref_logp, reward)]
-    whole = VarBatch(candidates=part, ref_logp=values[0], reward=values[1], own=np.arange(6))
-    objective = jax.jit(var_objective(beta=BETA))
-    loss, metrics = objective(tiny_model(), None, whole, jax.random.key(0))
-    own = softmax(ref_logp + reward / BETA, axis=-1)[np.arange(6), :, np.arange(6)]
-    logp = np.where(part.completion_mask, token_logp(), 0).sum(-1)
-    assert float(loss.mean) == pytest.approx((-own * logp).mean(), rel=1e-5)
-    assert float(metrics["weight"].mean) == pytest.approx(own.mean(), rel=1e-5)
-    assert float(metrics["weight_below_1"].mean) == pytest.approx((1 - own).mean(), rel=1e-5)
-    # A device or a microbatch holds some of the rows, and all of the columns.
-    odd, _ = objective(tiny_model(), None, jax.tree.map(lambda x: x[1::2], whole), jax.random.key(0))
-    assert float(odd.mean) == pytest.approx((-own * logp)[1::2].mean(), rel=1e-5)
-    # A completion that does not count, under no prompt.
-    where = np.ones((6, 2), bool)
-    where[2, 0] = False
-    crossed = np.broadcast_to(where.T[None], (6, 2, 6))
-    loss, _ = objective(tiny_model(), None, dataclasses.replace(whole, where=crossed), jax.random.key(0))
-    logits = np.where(crossed, ref_logp + reward / BETA, -np.inf)
-    own = softmax(logits, axis=-1)[np.arange(6), :, np.arange(6)]
-    assert float(loss.mean) == pytest.approx((-own * logp).sum() / where.sum(), rel=1e-5)
+    part = dataclasses.replace(batch(), completion_mask=ragged_candidates(6).completion_mask)
+    values = [np.float32(x) for x in (rng.normal(-3, 1, (6, 2)), rng.normal(size=(6, 2)))]
+    for where in (np.ones((6, 2), bool), WHERE):
+        told = labelled("var", dataclasses.replace(part, where=where, ref_logp=values[0], reward=values[1]))
+        loss, count, metrics = evaluated(model_objective(record("var"), beta=BETA), told)
+        logits = np.where(where, np.float64(values[0]) + np.float64(values[1]) / BETA, -np.inf)
+        real = where[:, 0]
+        weight = softmax(logits[real], axis=-1)[:, 0]
+        logp = np.where(part.completion_mask, token_logp(), 0).sum(-1)[real, 0]
+        assert count == real.sum()
+        assert loss == pytest.approx((-weight * logp).mean(), rel=1e-5)
+        assert metrics["weight"] == pytest.approx(weight.mean(), rel=1e-5)
+        assert metrics["weight_below_1"] == pytest.approx((1 - weight).mean(), rel=1e-5)
 
 
 def test_temperature_is_that_of_the_log_probabilities():
@@ -213,18 +232,25 @@ def test_temperature_is_that_of_the_log_probabilities():
     model = tiny_model()
     hot = jax.jit(functools.partial(type(model).score, temperature=2.0))
     logp = hot(model, part.prompt, part.prompt_mask, part.completion).logp
-    objective = likelihood_objective(method_kernel("tilted_mle", beta=BETA), temperature=2.0)
-    loss, _ = jax.jit(lambda m: objective(m, None, part, jax.random.key(0)))(model)
-    assert float(loss.mean) == pytest.approx(-np.where(part.completion_mask, logp, 0).sum((1, 2)).mean() / 2, rel=1e-5)
+    expected = -np.where(part.completion_mask, logp, 0).sum((1, 2)).mean() / 2
+    objective = model_objective(record("tilted_mle", temperature=2.0), beta=BETA)
+    assert evaluated(objective, labelled("tilted_mle", part))[0] == pytest.approx(expected, rel=1e-5)
+    mean = likelihood_objective(lambda logp, batch: (-logp.mean(-1), {}), temperature=2.0)
+    assert evaluated(mean, part)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_unknown_method_is_refused():
-    with pytest.raises(ValueError, match=r"method must be one of .*; got 'ppo'"):
-        method_kernel("ppo", beta=0.1)
-    with pytest.raises(ValueError, match="kernel must be linear in the log-probabilities"):
-        candidate_weights(method_kernel("dpo", beta=0.1), ragged_candidates(6))
-    with pytest.raises(ValueError, match=r"beta must be a finite number above 0, got 0\.0"):
-        method_kernel("tilted_mle", beta=0.0)(jnp.zeros((6, 2)), ragged_candidates(6))
+@pytest.mark.parametrize("method", ["dpo", "rwr"])  # One is not linear in the log-probabilities, one couples prompts.
+def test_a_record_without_weights_of_its_own_has_no_packed_form(method):
+    part = labelled(method, ragged_candidates(6))
+    with pytest.raises(ValueError, match=f"method must be linear in the log-probabilities, such as sft; {method} is"):
+        candidate_weights(record(method, linear=method == "dpo"), part, beta=BETA)
+
+
+def test_a_method_cannot_have_a_beta_that_it_divides_by():
+    part = ragged_candidates(6)
+    told = Feedback(reward=part.reward)
+    with pytest.raises(ValueError, match=r"beta must be a finite number above 0 .* for method tilted_mle, got 0.0"):
+        offline.labelled(record("tilted_mle"), part, told, jax.random.key(0), seen=None, beta=0.0)
 
 
 # A kernel sees log-probabilities of whole completions: one of them stands for all.
@@ -238,14 +264,17 @@ def test_a_step_does_not_change_with_its_padding(method, microbatches):
         mask = np.pad(getattr(wide, f"{name}_mask"), width)
         tokens = np.where(mask, np.pad(getattr(wide, name), width), rng.integers(1, 32, mask.shape)).astype(np.int32)
         wide = dataclasses.replace(wide, **{name: tokens, f"{name}_mask": mask})
-    short = trim(wide, *lengths(wide).max(axis=0).tolist())
-    assert max(short.prompt.shape[1], short.completion.shape[2]) < 8
-    objective = likelihood_objective(method_kernel(method, beta=BETA)) if method != "var" else var_objective(beta=BETA)
-    cross = {name: rng.normal(size=(4, 2, 4)).astype(np.float32) for name in ("ref_logp", "reward")}
+    widths = lengths(wide).max(axis=0).tolist()
+    assert max(widths) < 8
+    long = labelled(method, wide)
+    short = offline.trim_batch(long, *widths)
+    chex.assert_trees_all_equal(short.candidates, trim(long.candidates, *widths))
+    if method == "var":
+        assert short.ref.token_logp.shape == (4, 2, widths[1])
     tx, ends = optax.sgd(0.1), []
+    objective = model_objective(record(method), beta=BETA)
     step = jax.jit(functools.partial(train_step, loss_fn=objective, tx=tx, microbatches=microbatches))
-    for part in (wide, short):
-        part = VarBatch(candidates=part, own=np.arange(4), **cross) if method == "var" else part
+    for part in (long, short):
         ends.append(step(init_state(tiny_model(), tx), part, jax.random.key(0)))
     chex.assert_trees_all_close(*ends, atol=1e-6, rtol=1e-5)
     assert ends[0][1]["grad_norm"] > 0.1

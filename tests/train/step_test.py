@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.train.worlds import bigram, ragged_candidates, tiny_model
 from tiltjax.advantages import reinforce_pp_advantage
+from tiltjax.losses import mle, preference
 from tiltjax.losses.penalties import kl_k1
 from tiltjax.losses.policy_gradient import aggregate, ppo_clip_loss
 from tiltjax.models import lora
@@ -18,29 +19,16 @@ from tiltjax.ops.masked import average
 from tiltjax.train import distributed, rounds
 from tiltjax.train.method import Feedback
 from tiltjax.train.methods import get_method
-from tiltjax.train.objectives import VarBatch, likelihood_objective, method_kernel, sft_objective, var_objective
+from tiltjax.train.objectives import likelihood_objective, sft_objective
 from tiltjax.train.policy import model_view
 from tiltjax.train.sharding import BATCH, batch_sharding, make_mesh, pmap_step, shard, sharded_step, shardings
 from tiltjax.train.state import init_state
 from tiltjax.train.step import train_step
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
-METHODS = {
-    "sft": sft_objective(),
-    "tilted_mle": likelihood_objective(method_kernel("tilted_mle", beta=0.3)),
-    "dpo": likelihood_objective(method_kernel("dpo", beta=0.1)),
-}
-
-
-def var_batch(num_prompts=16, num_candidates=2):
-    rng = np.random.default_rng(3)
-    shape = (num_prompts, num_candidates, num_prompts)
-    return VarBatch(
-        candidates=ragged_candidates(num_prompts, num_candidates),
-        ref_logp=rng.normal(-9, 1, shape).astype(np.float32),
-        reward=rng.normal(size=shape).astype(np.float32),
-        own=np.arange(num_prompts),
-    )
+TILTED = likelihood_objective(lambda logp, b: (mle.tilted_mle_loss(logp, b.reward, beta=0.3, where=b.where), {}))
+DPO = likelihood_objective(lambda logp, b: (preference.dpo_loss(logp, b.ref_logp, beta=0.1, where=b.where), {}))
+METHODS = {"sft": sft_objective(), "tilted_mle": TILTED, "dpo": DPO}
 
 
 def run(step, state, batch, frozen=None, steps=3):
@@ -162,18 +150,6 @@ def test_a_round_on_a_mesh_equals_one_device():
     assert np.sqrt(sum(moved)) > 0.01
 
 
-def test_var_in_batch_spans_all_devices():
-    batch, params = var_batch(), bigram()
-    expected = run(one_device(var_objective(beta=0.3)), init_state(params, TX), batch)
-
-    mapped = functools.partial(train_step, loss_fn=var_objective(beta=0.3), tx=TX)
-    close(run(pmap_step(mapped), fresh_state(params), batch), expected)
-    mesh = make_mesh("data:4,fsdp:2")
-    state = shard(init_state(params, TX), mesh)
-    step = sharded_step(functools.partial(train_step, loss_fn=var_objective(beta=0.3), tx=TX), state, None, mesh)
-    close(run(step, state, jax.device_put(batch, batch_sharding(mesh))), expected)
-
-
 @pytest.mark.parametrize(("method", "microbatches"), [*((m, 8) for m in METHODS), ("sft", 2)])
 def test_gradient_accumulation_is_the_big_batch(method, microbatches):
     loss_fn, batch, params = METHODS[method], ragged_candidates(), bigram()
@@ -198,8 +174,7 @@ def test_only_adapters_move_and_their_gradient_is_that_of_the_merged_model():
     model = lora.add(jax.random.key(1), tiny_model(), rank=2)
     trained, frozen = lora.partition(model, lora.is_adapter)
     before = jax.device_get(frozen)
-    loss_fn = likelihood_objective(method_kernel("tilted_mle", beta=0.3))
-    state, _ = run(one_device(loss_fn), init_state(trained, TX), ragged_candidates(), frozen)
+    state, _ = run(one_device(TILTED), init_state(trained, TX), ragged_candidates(), frozen)
     chex.assert_trees_all_equal(jax.device_get(frozen), before)
     assert {len(jax.tree.leaves(t)) for t in (state.params, trained)} == {14}
     moved = [

@@ -13,6 +13,7 @@ from . import method as method
 from . import methods as methods
 from . import metrics as metrics
 from . import objectives as objectives
+from . import offline as offline
 from . import policy as policy
 from . import reference as reference
 from . import reward_model as reward_model
@@ -89,6 +90,7 @@ from .method import SOURCES as SOURCES
 from .method import Batch as Batch
 from .method import Feedback as Feedback
 from .method import Loss as Loss
+from .method import Measures as Measures
 from .method import Memory as Memory
 from .method import Method as Method
 from .method import Players as Players
@@ -100,6 +102,7 @@ from .method import View as View
 from .method import ViewFn as ViewFn
 from .methods import FAMILIES as FAMILIES
 from .methods import METHODS as METHODS
+from .methods import RENAMED as RENAMED
 from .methods import get_method as get_method
 from .metrics import Interval as Interval
 from .metrics import Journal as Journal
@@ -107,15 +110,17 @@ from .metrics import Line as Line
 from .metrics import MetricsWriter as MetricsWriter
 from .metrics import bootstrap_interval as bootstrap_interval
 from .objectives import Kernel as Kernel
-from .objectives import VarBatch as VarBatch
 from .objectives import candidate_weights as candidate_weights
 from .objectives import likelihood_objective as likelihood_objective
-from .objectives import method_kernel as method_kernel
 from .objectives import packed_objective as packed_objective
 from .objectives import sft_objective as sft_objective
-from .objectives import var_objective as var_objective
+from .offline import candidate_groups as candidate_groups
+from .offline import labelled as labelled
+from .offline import make_viewer as make_viewer
+from .offline import trim_batch as trim_batch
 from .policy import at_work as at_work
 from .policy import kl_along_prefixes as kl_along_prefixes
+from .policy import model_objective as model_objective
 from .policy import model_sample as model_sample
 from .policy import model_view as model_view
 from .policy import with_critics as with_critics
@@ -144,6 +149,7 @@ from .rollout import whole_on_every_host as whole_on_every_host
 from .rounds import draw as draw
 from .rounds import init_players as init_players
 from .rounds import join as join
+from .rounds import label as label
 from .rounds import measures as measures
 from .rounds import objective as objective
 from .rounds import play as play

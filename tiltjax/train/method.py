@@ -29,6 +29,7 @@ __all__ = [
     "Batch",
     "Feedback",
     "Loss",
+    "Measures",
     "Memory",
     "Method",
     "Players",
@@ -91,9 +92,11 @@ class Batch:
     """Labelled candidates, ready for gradient steps. Every array has a leading axis of prompts; none has a gradient.
 
     Attributes:
-      candidates: Prompts, completions and masks; ``where`` is always there, ``reward`` is what the method climbs.
+      candidates: Prompts, completions and masks; ``where`` is always there, ``reward`` is what the method climbs, or
+        None of demonstrations, which nobody rewarded.
       source: Which entry of `Method.draw` wrote each, ``[B, N]``.
-      old: The policy's view at the start of the round.
+      old_view: The policy's view at the start of the round; None where the method does not read it. Who does says
+        `old`.
       ref_view: The reference's; None where the method does not read it. Who does says `ref`.
       advantage: ``[B, N]`` or ``[B, N, T]``; None where the loss needs none.
       returns: Targets of the critics, ``[B, N, T, H]``.
@@ -102,11 +105,22 @@ class Batch:
 
     candidates: Candidates
     source: Int[Array, "B N"]
-    old: View
+    old_view: View | None = None
     ref_view: View | None = None
     advantage: Float[Array, "..."] | None = None
     returns: Float[Array, "B N T H"] | None = None
     fresh: Bool[Array, " B"] | None = None
+
+    @property
+    def old(self) -> View:
+        """The policy's view at the start of the round, for who reads it.
+
+        Raises:
+          ValueError: If there is none: the record says that nobody does.
+        """
+        if self.old_view is None:
+            raise ValueError("reads_old must be True for a method that reads the policy's old view, got False")
+        return self.old_view
 
     @property
     def ref(self) -> View:
@@ -211,6 +225,9 @@ class Round:
 Loss = Callable[[View, Batch, Numeric], Average]
 """``(the policy's view, batch, beta) -> Average``, the loss of a gradient step."""
 
+Measures = Callable[[View, Batch, Numeric], dict[str, Average]]
+"""``(the policy's view, batch, beta) -> metrics`` of a gradient step, beside those that every method has."""
+
 Prepare = Callable[[Round, Batch], Batch]
 """A label or an advantage: fills in what the loss needs, or picks candidates."""
 
@@ -258,6 +275,13 @@ class Method:
         losses that compare completions across prompts; the prompt's own stays first.
       reads_reference: Whether loss, label, advantage or memory read `Batch.ref`. Where none does, the reference is
         asked nothing, and the KL to it is not measured.
+      reads_old: Whether they read `Batch.old`. Where none does, the policy is not asked before the gradient steps, and
+        how far it has moved is not measured.
+      linear: Whether the loss is a sum of log-probabilities of completions, each with a weight that does not depend on
+        the policy: what `tiltjax.train.objectives.candidate_weights` and sequence packing need.
+      couples_prompts: Whether the loss of a prompt depends on the others of its mini-batch. It is then another one
+        where a mini-batch is cut into parts or divided by `jax.pmap`.
+      measures: What else is logged of a gradient step, or None.
       critics: How many critics read the policy's hidden state (`tiltjax.train.policy.with_critics`).
       resample: Most times that a round draws further prompts in place of those whose candidates all have one reward.
         Only a loop on the host can; inside one `jax.jit` the label masks them.
@@ -289,6 +313,10 @@ class Method:
     memory: Memory | None = None
     cross: int = 1
     reads_reference: bool = True
+    reads_old: bool = True
+    linear: bool = False
+    couples_prompts: bool = False
+    measures: Measures | None = None
     critics: int = 0
     resample: int = 0
     mixture: float = 0.5
@@ -357,6 +385,17 @@ class Method:
     def num_candidates(self) -> int:
         """How many completions are drawn per prompt."""
         return sum(num for _, num in self.draw)
+
+    @property
+    def learns_once(self) -> bool:
+        """Whether all that it learns from is there before its first gradient step, and fixed.
+
+        Those are the records of one round of one source: demonstrations, or candidates of the policy that training
+        begins with, which then is every player there is. They need no critic, memory or further epoch.
+        """
+        fixed = ("current", "previous", "reference", "initial", "data")
+        alone = len(self.draw) == 1 and self.draw[0][0] in fixed
+        return self.rounds == 1 and alone and self.epochs == 1 and not (self.critics or self.memory or self.resample)
 
     @property
     def schedule(self) -> str:

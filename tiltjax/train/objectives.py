@@ -4,74 +4,27 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from tiltjax.data.candidates import Candidates, learned, token_mask
 from tiltjax.data.packing import Sequences
-from tiltjax.losses import mle, preference
 from tiltjax.models.lora import combine
 from tiltjax.ops.masked import Average, average, masked_mean
 from tiltjax.ops.tokens import sequence_logp
-from tiltjax.tilt.partition import leave_one_out_log_partition
-from tiltjax.types import Array, Bool, Float, Int, Params, PRNGKey
+from tiltjax.train.method import Batch, Method, View
+from tiltjax.types import Array, Bool, Float, Numeric, Params, PRNGKey
 
 __all__ = [
     "Kernel",
-    "VarBatch",
     "candidate_weights",
     "likelihood_objective",
-    "method_kernel",
     "packed_objective",
     "sft_objective",
-    "var_objective",
 ]
 
 Kernel = Callable[[Float[Array, "B N"], Candidates], tuple[Float[Array, " B"], Mapping[str, Float[Array, " B"]]]]
 """``(logp, candidates) -> (loss per prompt, metrics per prompt)``."""
-
-
-def method_kernel(method: str, *, beta: float) -> Kernel:
-    """The kernel of a method that needs log-probabilities, rewards and reference log-probabilities only.
-
-    Args:
-      method: "sft" (resampled candidates, all alike), "tilted_mle", "best_of_n_sft", "var_importance", or "dpo" (the
-        two candidates are chosen and rejected).
-      beta: Strength of the KL term, reward units.
-
-    Returns:
-      `Kernel`.
-
-    Raises:
-      ValueError: If the method is unknown.
-    """
-
-    def sft(logp, batch):
-        return mle.sft_loss(logp, where=batch.where), {}
-
-    def tilted_mle(logp, batch):
-        return mle.tilted_mle_loss(logp, batch.reward, beta=beta, where=batch.where), {}
-
-    def best_of_n_sft(logp, batch):
-        return mle.best_of_n_sft_loss(logp, batch.reward, where=batch.where), {}
-
-    def var_importance(logp, batch):
-        # log Z from the other candidates: a weight and its normaliser are independent.
-        log_z = leave_one_out_log_partition(batch.reward, beta=beta, where=batch.where)
-        where = None if batch.where is None else batch.where[..., None]
-        values = mle.var_importance_loss(logp[..., None], batch.reward[..., None], log_z, beta=beta, where=where)
-        return masked_mean(values, batch.where), {}
-
-    def dpo(logp, batch):
-        chosen, rejected = jnp.moveaxis(preference.implicit_reward(logp, batch.ref_logp, beta=beta), -1, 0)
-        metrics = {"margin": chosen - rejected, "accuracy": jnp.asarray(chosen > rejected, logp.dtype)}
-        return preference.dpo_loss(logp, batch.ref_logp, beta=beta, where=batch.where), metrics
-
-    kernels = {k.__name__: k for k in (sft, tilted_mle, best_of_n_sft, dpo, var_importance)}
-    if method not in kernels:
-        raise ValueError(f"method must be one of {', '.join(kernels)}; got {method!r}")
-    return kernels[method]
 
 
 def likelihood_objective(kernel: Kernel, *, temperature: float = 1.0) -> Callable:
@@ -98,32 +51,36 @@ def likelihood_objective(kernel: Kernel, *, temperature: float = 1.0) -> Callabl
     return loss_fn
 
 
-def candidate_weights(kernel: Kernel, batch: Candidates) -> Float[Array, "B N"]:
-    r"""What a likelihood method weighs each candidate by.
+def candidate_weights(method: Method, batch: Batch, *, beta: Numeric) -> Float[Array, "B N"]:
+    r"""What a record that is linear in the log-probabilities weighs each candidate by.
 
-    .. math:: w_{bn} = -\frac{\partial \mathcal L_b}{\partial \log \pi(y_{bn})}, \qquad
-              \mathcal L_b = -\sum_n w_{bn} \log \pi(y_{bn})
+    .. math:: w_{bn} = -\frac{\partial \mathcal L}{\partial \log \pi(y_{bn})}, \qquad
+              \mathcal L = -\sum_{bn} w_{bn} \log \pi(y_{bn})
 
     Args:
-      kernel: Linear in the log-probabilities: of "sft", "tilted_mle", "best_of_n_sft" or "var_importance".
-      batch: Candidates with what the kernel reads of them.
+      method: A record whose `Method.linear` is True.
+      batch: Labelled candidates.
+      beta: Strength of the KL term, as of `Method.own_beta`.
 
     Returns:
-      Weights; 0 of what is masked.
+      Weights of the sum over prompts; 0 of what does not count.
 
     Raises:
-      ValueError: If the kernel is not linear.
+      ValueError: If the loss is not linear.
     """
-    batch = _counting(batch)
+    mask = token_mask(batch.candidates)
+    first = mask & (jnp.cumsum(mask, axis=-1) == 1)
 
     def loss(logp):
-        return jnp.sum(kernel(logp, batch)[0])
+        token_logp = jnp.where(first, logp[..., None], 0.0)  # A completion's whole log-probability is on one token.
+        zeros = jnp.zeros_like(token_logp)
+        return method.loss(View(token_logp=token_logp, entropy=zeros, self_certainty=zeros), batch, beta).total
 
-    zeros = jnp.zeros(batch.completion.shape[:2])
+    zeros = jnp.zeros(mask.shape[:2])
     apart = -jnp.arange(zeros.size, dtype=zeros.dtype).reshape(zeros.shape)
     weights, elsewhere = (jax.grad(loss)(logp) for logp in (zeros, apart))
-    if not jnp.allclose(weights, elsewhere):
-        raise ValueError("kernel must be linear in the log-probabilities, such as that of sft; this one is not")
+    if not method.linear or not jnp.allclose(weights, elsewhere):
+        raise ValueError(f"method must be linear in the log-probabilities, such as sft; {method.name} is not")
     return -weights
 
 
@@ -160,50 +117,6 @@ def sft_objective() -> Callable:
         mask, where = token_mask(batch), learned(batch)
         mask = mask if where is None else mask & where[..., None]
         return average(-_token_logp(params, frozen, batch, 1.0), mask), {}
-
-    return loss_fn
-
-
-@chex.dataclass(frozen=True, mappable_dataclass=False)
-class VarBatch:
-    """A mini-batch for VAR as printed: every completion of the batch scored under every prompt of it.
-
-    Attributes:
-      candidates: B prompts with N completions each.
-      ref_logp: ``[B, N, B]``: entry [i, n, j] is candidate n of prompt j under prompt i, nats.
-      reward: Likewise, reward units.
-      own: ``[B]``: the ``j`` that is prompt i itself, whatever part of the mini-batch a device or microbatch holds.
-      where: Which of them count, ``[B, N, B]``; None means all.
-    """
-
-    candidates: Candidates
-    ref_logp: Float[Array, "B N M"]
-    reward: Float[Array, "B N M"]
-    own: Int[Array, " B"]
-    where: Bool[Array, "B N M"] | None = None
-
-
-def var_objective(*, beta: float, temperature: float = 1.0) -> Callable:
-    """VAR as printed (in-batch log Z, the reference inside the weight), one mini-batch per candidate index.
-
-    Args:
-      beta: Strength of the KL term, reward units.
-      temperature: As in `likelihood_objective`.
-
-    Returns:
-      A `tiltjax.train.step.LossFn` on `VarBatch`; logs the mean weight and its distance from 1, which is SFT.
-    """
-
-    def loss_fn(params: Params, frozen: Params, batch: VarBatch, key: PRNGKey):
-        logp = _logp(params, frozen, batch.candidates, temperature).T
-        cross = (jnp.moveaxis(batch.ref_logp, 1, 0), jnp.moveaxis(batch.reward, 1, 0))
-        where = None if batch.where is None else jnp.moveaxis(batch.where, 1, 0)
-        own = jnp.broadcast_to(batch.own, logp.shape)
-        values = mle.var_loss(logp, *cross, beta=beta, matched=own, where=where)
-        weights = mle.var_weights(*cross, beta=beta, matched=own, where=where)
-        real = None if where is None else jnp.take_along_axis(where, own[..., None], axis=-1)[..., 0]
-        measured = {"weight": weights, "weight_below_1": jnp.abs(weights - 1), "logp": logp}
-        return average(values, real), {name: average(value, real) for name, value in measured.items()}
 
     return loss_fn
 

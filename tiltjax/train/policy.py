@@ -22,11 +22,12 @@ from tiltjax.ops.checks import check_choice
 from tiltjax.ops.masked import Average, average, masked_sum
 from tiltjax.ops.tokens import token_logp
 from tiltjax.samplers.decode import Decoded, decode
-from tiltjax.train.method import SOURCES, Players, Sample, View, ViewFn
+from tiltjax.train import rounds
+from tiltjax.train.method import SOURCES, Batch, Method, Players, Sample, View, ViewFn
 from tiltjax.train.rollout import make_sampler, narrow
-from tiltjax.types import Params, PRNGKey
+from tiltjax.types import Numeric, Params, PRNGKey
 
-__all__ = ["at_work", "kl_along_prefixes", "model_sample", "model_view", "with_critics"]
+__all__ = ["at_work", "kl_along_prefixes", "model_objective", "model_sample", "model_view", "with_critics"]
 
 
 def with_critics(model: Params, *, features: int, num: int = 1) -> dict[str, Params]:
@@ -88,6 +89,24 @@ def model_view(
         return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(B, *x.shape[2:]), seen)
 
     return view
+
+
+def model_objective(method: Method, *, beta: Numeric) -> Callable:
+    """The loss function of a train step of a `Transformer` on a `tiltjax.train.method.Batch`.
+
+    Args:
+      method: The record.
+      beta: Strength of the KL term, as of `Method.own_beta`; may be traced.
+
+    Returns:
+      A `tiltjax.train.step.LossFn`, with the metrics of `tiltjax.train.rounds.objective`.
+    """
+
+    def loss_fn(params: Params, frozen: Params, batch: Batch, key: PRNGKey):
+        view = model_view(frozen=frozen, temperature=method.temperature)
+        return rounds.objective(method, view=view, beta=beta)(params, frozen, batch, key)
+
+    return loss_fn
 
 
 def at_work(players: Players, sources: Collection[str], *, frozen: Params = None) -> Players:

@@ -292,19 +292,20 @@ def score_all(
     candidates: Candidates,
     *,
     batch_size: int,
-    scorer: Callable[[Any, Candidates], Float[Array, "B N"]] | None = None,
+    scorer: Callable[[Any, Candidates], PyTree] | None = None,
     keep: Sequence[str] = (),
     buckets: int = 4,
     sharding: Sharding | None = None,
     description: str | None = "score",
-) -> Float[Array, "B N"]:
+) -> PyTree:
     """Log-probability of every completion under ``model``, or what else ``scorer`` says of it, batch by batch.
 
     Args:
       model: Any policy, or what ``scorer`` takes.
       candidates: B prompts with N completions each.
       batch_size: Prompts at a time.
-      scorer: From `make_scorer`, to share its compilation between calls; None makes one.
+      scorer: From `make_scorer`, to share its compilation between calls, or another that gives arrays
+        ``[B, N]`` or ``[B, N, T, ...]``; None makes one.
       keep: Fields ``[B, N]`` of the candidates that ``scorer`` reads beside tokens and masks.
       buckets: Most shapes (prompt length by completion length) that batches are padded to, each a compilation; 1 leaves
         the arrays as wide as they are.
@@ -312,7 +313,7 @@ def score_all(
       description: Of the progress bar and of the line in the log; None leaves both out.
 
     Returns:
-      Nats, NumPy ``[B, N]``.
+      Nats, NumPy ``[B, N]``, or the arrays of ``scorer`` of all candidates; entries of padding are 0.
 
     Raises:
       NonFiniteError: If a number is not finite.
@@ -328,19 +329,25 @@ def score_all(
         _report(description, lengths, plan, widths)
     mine = distributed.host_rows(sharding, batch_size)
 
-    def start(batch: Batch) -> Array:
+    def start(batch: Batch) -> PyTree:
         part = batches.trim(batches.take(bare, batch.rows[mine]), *batch.lengths)
         return scorer(model, distributed.global_batch(part, sharding, batch_size))
 
-    out = np.zeros(bare.completion.shape[:2], np.float32)
+    def whole(part: np.ndarray) -> np.ndarray:
+        return np.zeros((*bare.completion.shape[: part.ndim], *part.shape[3:]), part.dtype)
+
+    found: PyTree = None
     silent = description is None or not distributed.is_main()
     with tqdm(total=len(lengths), desc=description, unit="prompt", disable=silent) as bar:
-        for batch, logp in overlapped(plan, start, lambda _, logp: distributed.fetch(logp)):
-            rows = batch.rows[: batch.real]
-            check_candidates(description or "score", "what the model says", logp[: batch.real], rows)
-            out[rows] = logp[: batch.real]
+        for batch, seen in overlapped(plan, start, lambda _, seen: distributed.fetch(seen)):
+            rows, part = batch.rows[: batch.real], jax.tree.map(lambda x: x[: batch.real], seen)  # noqa: B023
+            if found is None:
+                found = jax.tree.map(whole, part)
+            for out, x in zip(jax.tree.leaves(found), jax.tree.leaves(part), strict=True):
+                check_candidates(description or "score", "what the model says", x, rows)
+                out[(rows, slice(None), *map(slice, x.shape[2:3]))] = x  # Tokens beyond are padding.
             bar.update(batch.real)
-    return out
+    return found
 
 
 def overlapped(work: Iterable[Any], start: Callable[[Any], Any], finish: Callable[[Any, Any], Any]) -> Iterator[tuple]:

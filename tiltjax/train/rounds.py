@@ -18,14 +18,15 @@ import optax
 from tiltjax.data.candidates import Candidates, alike, learned
 from tiltjax.ops.checks import check_at_least
 from tiltjax.ops.masked import Average, average
+from tiltjax.ops.tokens import sequence_logp
 from tiltjax.train.method import Batch, Feedback, Method, Players, Round, Sample, View, ViewFn
 from tiltjax.train.reference import soft_update
 from tiltjax.train.sharding import copied
 from tiltjax.train.state import TrainState, init_state
 from tiltjax.train.step import train_step
-from tiltjax.types import Array, Numeric, Params, PRNGKey, PyTree
+from tiltjax.types import Array, Int, Numeric, Params, PRNGKey, PyTree
 
-__all__ = ["collect", "draw", "fit", "init_players", "join", "measures", "objective", "play", "prepare"]
+__all__ = ["collect", "draw", "fit", "init_players", "join", "label", "measures", "objective", "play", "prepare"]
 
 
 def init_players(method: Method, params: Params, tx: optax.GradientTransformation) -> Players:
@@ -97,13 +98,12 @@ def join(method: Method, prompts: Candidates, parts: Sequence[Candidates]) -> Ca
       As `collect`.
     """
     parts = alike(parts)
-    names = ["completion", "completion_mask", "old_token_logp"]
+    names = ["completion", "completion_mask", *(["old_token_logp"] if method.cross == 1 else [])]
     names += [name for name in ("loss_mask", "support") if getattr(parts[0], name) is not None]
     joined = {name: jnp.concatenate([getattr(part, name) for part in parts], axis=1) for name in names}
     if method.cross > 1:
         if "support" in joined:
             raise ValueError(f"top_k and top_p must be off for {method.name}: it looks at completions of other prompts")
-        del joined["old_token_logp"]
         rolled = [jax.tree.map(lambda x: jnp.roll(x, -j, axis=0), joined) for j in range(method.cross)]  # noqa: B023
         joined = {name: jnp.concatenate([part[name] for part in rolled], axis=1) for name in joined}
     return Candidates(prompt=prompts.prompt, prompt_mask=prompts.prompt_mask, **joined)
@@ -139,20 +139,50 @@ def prepare(
     Raises:
       ValueError: If the method cannot have that ``beta``.
     """
-    method.check_beta(beta)
     N = candidates.completion.shape[1]
     counts = [num for _, num in method.draw] if method.cross == 1 else [N]
     sources = [i for i, num in enumerate(counts) for _ in range(num)]
+    old = view(players.state.params, candidates) if method.reads_old else None
+    ref = view(players.reference, candidates) if method.reads_reference else None
+    now = Round(feedback=feedback, beta=beta, key=key, round=players.round, memory=players.memory, view=view)
+    return label(method, candidates, now, source=jnp.array(sources), old=old, ref=ref)
+
+
+def label(
+    method: Method,
+    candidates: Candidates,
+    now: Round,
+    *,
+    source: Int[Array, " N"],
+    old: View | None = None,
+    ref: View | None = None,
+) -> tuple[PyTree, Batch]:
+    """The second half of `prepare`: memory, labels and advantages, once the views are known.
+
+    Args:
+      method: The record.
+      candidates: From `collect`.
+      now: Of the round.
+      source: Which entry of `Method.draw` wrote each candidate.
+      old: The policy's view, where the method reads it.
+      ref: The reference's, likewise.
+
+    Returns:
+      As `prepare`.
+
+    Raises:
+      ValueError: If the method cannot have that ``beta``.
+    """
+    method.check_beta(now.beta)
     where = jnp.ones(candidates.completion.shape[:2], bool) if candidates.where is None else candidates.where
     batch = Batch(
-        candidates=dataclasses.replace(candidates, where=where, reward=feedback.reward),
-        source=jnp.broadcast_to(jnp.array(sources)[None], where.shape),
-        old=view(players.state.params, candidates),
-        ref_view=view(players.reference, candidates) if method.reads_reference else None,
+        candidates=dataclasses.replace(candidates, where=where, reward=now.feedback.reward),
+        source=jnp.broadcast_to(source[None], where.shape),
+        old_view=old,
+        ref_view=ref,
     )
-    now = Round(feedback=feedback, beta=beta, key=key, round=players.round, memory=players.memory, view=view)
     if method.memory is not None:
-        now = dataclasses.replace(now, memory=method.memory.update(now, batch, players.memory))
+        now = dataclasses.replace(now, memory=method.memory.update(now, batch, now.memory))
     for step in (method.label, method.advantage):
         batch = batch if step is None else step(now, batch)
     # Not before: who is masked out of the loss still has a part in the baselines of the others.
@@ -172,23 +202,33 @@ def objective(method: Method, *, view: ViewFn, beta: Numeric) -> Callable:
       beta: Strength of the KL term, as of `Method.own_beta`; may be traced.
 
     Returns:
-      A `tiltjax.train.step.LossFn`; logs the ratio's distance from 1, two estimates of the KL to the reference (where
-      the method reads it), the entropy (nats per token), and reward and length of the candidates that count.
+      A `tiltjax.train.step.LossFn`; logs what `measures` does, and what the record adds.
     """
 
     def loss_fn(params: Params, frozen: Params, batch: Batch, key: PRNGKey):
         now = view(params, batch.candidates)
-        if batch.fresh is not None:
+        if batch.fresh is not None and batch.old_view is not None:
             same = jax.lax.stop_gradient(now.token_logp)
             logp = jnp.where(batch.fresh[:, None, None], same, batch.old.token_logp)
-            batch = batch.change(old=dataclasses.replace(batch.old, token_logp=logp))
-        return method.loss(now, batch, beta), measures(now, batch)
+            batch = batch.change(old_view=dataclasses.replace(batch.old, token_logp=logp))
+        own = {} if method.measures is None else method.measures(jax.lax.stop_gradient(now), batch, beta)
+        return method.loss(now, batch, beta), measures(now, batch) | own
 
     return loss_fn
 
 
 def measures(now: View, batch: Batch) -> dict[str, Average]:
-    """Metrics over real tokens and candidates only."""
+    """Metrics over real tokens and candidates only.
+
+    Args:
+      now: The policy's view.
+      batch: Of the gradient step.
+
+    Returns:
+      ``logp`` of the completions (nats), ``entropy`` (nats per token) and ``length`` (tokens); ``reward`` (of the
+      method), ``off_policy``, the distance of the ratio to the old policy from 1, and ``kl_k1`` and ``kl_k3``, two
+      estimates of the KL to the reference (nats), where the batch has them.
+    """
     now, mask, written = jax.lax.stop_gradient(now), batch.mask, batch.candidates.completion_mask
     real = batch.where & jnp.any(written, axis=-1)
 
@@ -196,11 +236,14 @@ def measures(now: View, batch: Batch) -> dict[str, Average]:
         return jnp.sum(jnp.where(mask, now.token_logp - other.token_logp, 0), axis=-1)
 
     measured = {
-        "off_policy": average(jnp.abs(jnp.expm1(jnp.minimum(ratio(batch.old), 20.0))), real),
+        "logp": average(sequence_logp(now.token_logp, mask), real),
         "entropy": average(now.entropy, mask),
-        "reward": average(batch.reward, real),
         "length": average(jnp.sum(written, axis=-1).astype(jnp.float32), real),
     }
+    if batch.candidates.reward is not None:
+        measured["reward"] = average(batch.reward, real)
+    if batch.old_view is not None:
+        measured["off_policy"] = average(jnp.abs(jnp.expm1(jnp.minimum(ratio(batch.old), 20.0))), real)
     if batch.ref_view is None:
         return measured
     to_ref = ratio(batch.ref_view)

@@ -13,7 +13,7 @@ from tiltjax.train.methods.likelihood import LIKELIHOOD
 from tiltjax.train.methods.policy_gradient import POLICY_GRADIENT
 from tiltjax.train.methods.preference import PREFERENCE
 
-__all__ = ["FAMILIES", "METHODS", "get_method"]
+__all__ = ["FAMILIES", "METHODS", "RENAMED", "get_method"]
 
 FAMILIES: dict[str, tuple[Method, ...]] = {
     "likelihood": LIKELIHOOD,
@@ -27,6 +27,16 @@ FAMILIES: dict[str, tuple[Method, ...]] = {
 METHODS: dict[str, Method] = {method.name: method for family in FAMILIES.values() for method in family}
 """Name -> record."""
 
+RENAMED: dict[str, str] = {
+    "tilted_mle_offline": "tilted_mle",
+    "tilted_mle_iterated": "iterated_tilted_mle",
+    "var_printed": "var",
+    "var_offline": "var_importance",
+    "var_iterated": "iterated_var_importance",
+    "online_var": "online_var_importance",
+}
+"""Names of version 0.1 -> what the record is called now."""
+
 
 def get_method(name: str) -> Method:
     """The record of that name, or one of your own.
@@ -38,7 +48,7 @@ def get_method(name: str) -> Method:
       `Method`.
 
     Raises:
-      ValueError: If there is none; the message lists them. If what was named is no record.
+      ValueError: If there is none; the message lists them, or has the new name. If what was named is no record.
 
     Example:
       >>> get_method("rloo").draw, get_method("dpo").schedule
@@ -47,6 +57,8 @@ def get_method(name: str) -> Method:
       Traceback (most recent call last):
       ValueError: method 'tiltjax.train.methods.preference:PREFERENCE' must be a tiltjax.train.Method, got tuple
     """
+    if name in RENAMED:
+        raise ValueError(f"method {name!r} is now called {RENAMED[name]!r}")
     if ":" not in name:
         check_choice("method", name, METHODS)
         return METHODS[name]

@@ -162,7 +162,7 @@ def select(batch: Batch, index: Int[Array, "B K"]) -> Batch:
     old = {f.name: getattr(batch.candidates, f.name) for f in dataclasses.fields(batch.candidates)}
     new = {name: x if x is None or name in inner else x[rows, index] for name, x in old.items()}
     take = lambda tree: jax.tree.map(lambda x: x[rows, index], tree)  # noqa: E731
-    changes = {name: take(getattr(batch, name)) for name in ("source", "old", "ref_view", "advantage", "returns")}
+    changes = {name: take(getattr(batch, name)) for name in ("source", "old_view", "ref_view", "advantage", "returns")}
     return batch.change(candidates=type(batch.candidates)(**new), **changes)
 
 

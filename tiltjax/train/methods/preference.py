@@ -126,16 +126,25 @@ def _dpo_from_sampler(logp: Array, batch: Batch, beta: Numeric) -> Array:
     return preference.dpo_loss(logp, logp_of(batch.old, batch), beta=beta, where=batch.where)
 
 
+def _margins(view: View, batch: Batch, beta: Numeric) -> dict[str, Average]:
+    """Of pairs: the margin of the chosen in implicit reward (reward units), and how often it is above 0."""
+    implicit = preference.implicit_reward(logp_of(view, batch), logp_of(batch.ref, batch), beta=beta)
+    margin, where = implicit[:, 0] - implicit[:, 1], every(batch.where)
+    return {"margin": average(margin, where), "accuracy": average((margin > 0).astype(margin.dtype), where)}
+
+
 def _offline(name: str) -> Method:
     loss, paper, beta, ref = PAIRWISE[name]
     return Method(name, paper, loss, (("initial", 2),), "preference", label=judged, rounds=1, beta=beta,
-                  reads_reference=ref, learning_rate=1e-6, optimum="tilt" if name in _TILTS else "none",
-                  zero_beta=name in _WITHOUT_BETA,
+                  reads_reference=ref, reads_old=False, measures=_margins if ref else None, learning_rate=1e-6,
+                  optimum="tilt" if name in _TILTS else "none", zero_beta=name in _WITHOUT_BETA,
                   units="preference" if name == "ipo" else "reward")  # fmt: skip
 
 
 def _online(name: str) -> Method:
-    return dataclasses.replace(_offline(name), name=f"online_{name}", draw=(("current", 2),), rounds=None)
+    return dataclasses.replace(
+        _offline(name), name=f"online_{name}", draw=(("current", 2),), rounds=None, reads_old=True
+    )
 
 
 _DPO = _offline("dpo")
@@ -152,20 +161,21 @@ PREFERENCE = (
            per_completion(_dpo_from_sampler, counts=every), (("current", 4),), "preference",
            label=best_and_worst, reads_reference=False, learning_rate=1e-6, optimum="none"),
     Method("plackett_luce", RAFAILOV, per_completion(_ranked), (("initial", 4),), "preference", label=ranked,
-           rounds=1, learning_rate=1e-6),
+           rounds=1, reads_old=False, learning_rate=1e-6),
     Method("nca", "Chen et al., 2024, arXiv:2402.05369", per_completion(_nca), (("initial", 4),), rounds=1,
-           learning_rate=5e-6),
+           reads_old=False, learning_rate=5e-6),
     Method("info_nca", "Chen et al., 2024, arXiv:2402.05369", per_completion(_info_nca), (("initial", 4),), rounds=1,
-           learning_rate=5e-6),
+           reads_old=False, learning_rate=5e-6),
     Method("online_info_nca", "Chen et al., 2024, arXiv:2402.05369", per_completion(_info_nca), (("current", 4),),
            learning_rate=5e-6),
     Method("kto", "Ethayarajh et al., 2024, arXiv:2402.01306", per_completion(_kto), (("initial", 1),), "binary",
-           label=desirable, advantage=balanced, rounds=1, cross=2, learning_rate=5e-6, optimum="none"),
+           label=desirable, advantage=balanced, rounds=1, cross=2, reads_old=False, learning_rate=5e-6,
+           optimum="none"),
     Method("online_kto", "Ethayarajh et al., 2024, arXiv:2402.01306", per_completion(_kto), (("current", 1),),
            "binary", label=desirable, advantage=balanced, cross=2, learning_rate=5e-6, optimum="none"),
     dataclasses.replace(_DPO, name="tr_dpo_soft", paper="Gorbatovski et al., 2024, arXiv:2404.09656", rounds=16,
-                        reference=ReferenceUpdate(every=1, alpha=0.6), optimum="none"),
+                        reads_old=True, reference=ReferenceUpdate(every=1, alpha=0.6), optimum="none"),
     dataclasses.replace(_DPO, name="tr_dpo_hard", paper="Gorbatovski et al., 2024, arXiv:2404.09656", rounds=16,
-                        reference=ReferenceUpdate(every=4), optimum="none"),
+                        reads_old=True, reference=ReferenceUpdate(every=4), optimum="none"),
 )  # fmt: skip
 """DPO and its kin, KTO, NCA, rankings, and the reference that follows."""
