@@ -238,11 +238,15 @@ def _take(directory: pathlib.Path) -> tuple[int, list[pathlib.Path]]:
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     lock = directory / _LOCK
     while True:
-        directory.mkdir(parents=True, exist_ok=True)
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
-            continue  # Whoever held it has just removed the folder.
+            continue  # Whoever held it has just removed the folder, or one above it.
+        except FileExistsError:
+            if directory.exists():
+                raise  # As a file.
+            continue  # It was there for mkdir, and is gone.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

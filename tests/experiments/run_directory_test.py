@@ -88,8 +88,8 @@ def test_a_directory_is_held_by_one_program_and_by_none_that_is_dead(config, tmp
     "Runs", given="programs on one --output, started in the same moment", outcome="one of them runs, the others end"
 )
 def test_of_programs_that_start_together_one_runs(tmp_path):
-    inside, most, refused = [], [], []
-    together = threading.Barrier(6)
+    inside, most, refused, failed = [], [], [], []
+    together = threading.Barrier(6, timeout=60)  # A thread that fails must not keep the others waiting.
 
     def program():
         for _ in range(20):
@@ -102,12 +102,15 @@ def test_of_programs_that_start_together_one_runs(tmp_path):
                     inside.pop()
             except ValueError:
                 refused.append(1)
+            except OSError as error:
+                failed.append(error)
 
     threads = [threading.Thread(target=program) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert not failed
     assert set(most) == {1}
     assert len(most) >= 20
     assert refused
