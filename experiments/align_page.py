@@ -13,9 +13,10 @@ import pathlib
 import shutil
 from typing import Any
 
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
-from experiments.reporting import frontier_table, verdict
-from tiltjax.train.config import field, from_flags, write_text
+from tiltjax.align.evaluation import frontier_table, verdict
+from tiltjax.train.config import field, write_text
 from tiltjax.train.evaluate import Point
 from tiltjax.train.metrics import Interval
 

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from experiments import arena_report
 from experiments.arena_run import Budget, run
 from experiments.arena_world import World, WorldConfig, make_world
+from experiments.flags import from_flags
 from experiments.launch import prepare_process, program, run_program
 from experiments.run_directory import open_run, overwrite_field
 from tiltjax.ops.checks import check_at_least, check_positive
-from tiltjax.train.config import field, from_flags, output_field, write_text
+from tiltjax.train.config import field, output_field, write_text
 from tiltjax.train.method import Method
 from tiltjax.train.methods import METHODS, get_method
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from experiments import digits_report, digits_world
 from experiments.digits_world import Images, Judge
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
 from experiments.run_directory import open_run, overwrite_field
 from tiltjax.exact import gaussian
@@ -48,7 +49,7 @@ from tiltjax.samplers.guidance import (
     soft_best_of_n_denoise,
     soft_best_of_n_step,
 )
-from tiltjax.train.config import field, from_flags, load_config, output_field, seed_field
+from tiltjax.train.config import field, load_config, output_field, seed_field
 from tiltjax.train.streams import root_key
 from tiltjax.types import Array
 

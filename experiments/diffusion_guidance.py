@@ -22,11 +22,12 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import guidance_report, guidance_world
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
 from experiments.run_directory import open_run, overwrite_field
 from experiments.theory.claims import FAILED, Claim, at_most, equal, holds
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import field, from_flags, output_field, seed_field, write_text
+from tiltjax.train.config import field, output_field, seed_field, write_text
 from tiltjax.train.streams import root_key
 
 __all__ = ["GuidanceConfig", "judge", "run"]

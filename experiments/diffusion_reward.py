@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from experiments import diffusion_digits, diffusion_reward_report, digits_world
 from experiments import diffusion_stages as stages
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
 from experiments.run_directory import Run, open_run, overwrite_field
 from tiltjax.exact import bandit
@@ -48,7 +49,7 @@ from tiltjax.samplers.resample import resample
 from tiltjax.tilt.divergence import tilt_kl, tilted_reward
 from tiltjax.tilt.temperature import beta_for_kl
 from tiltjax.tilt.weights import tilt
-from tiltjax.train.config import field, from_flags, output_field, seed_field
+from tiltjax.train.config import field, output_field, seed_field
 from tiltjax.train.streams import root_key
 from tiltjax.types import Array
 

@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import gap_report, gap_stages
+from experiments.flags import from_flags
 from experiments.gap_stages import Recipe, Schedule
 from experiments.gap_world import Task, parse_tasks
 from experiments.launch import program, run_program
@@ -36,7 +37,7 @@ from experiments.run_directory import open_run, overwrite_field
 from tiltjax.exact import gap
 from tiltjax.exact.tree import completions
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import field, from_flags, output_field, seed_field
+from tiltjax.train.config import field, output_field, seed_field
 from tiltjax.train.finite import check_tree
 from tiltjax.train.streams import root_key
 

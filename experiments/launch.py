@@ -15,8 +15,8 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from experiments.flags import define_flags
 from tiltjax.ops.checks import did_you_mean
-from tiltjax.train.config import define_flags
 from tiltjax.train.hardware import CACHE, compilation_cache, return_memory_after_compiling
 
 __all__ = ["command", "one_line", "parse", "prepare_process", "program", "run_program"]
@@ -184,9 +184,10 @@ def command(module: str, config: Any, *, free: Collection[str] = ()) -> str:
         """Where None stands for a value that other fields decide, that value."""
         return getattr(dataclasses.replace(config, **{f.name: None}), f.name) if f.default is None else f.default
 
+    own = list(type(config).__annotations__)  # Before what is inherited.
     words = [
         shlex.quote(f"--{f.name}={getattr(config, f.name)}")
-        for f in dataclasses.fields(config)
+        for f in sorted(dataclasses.fields(config), key=lambda f: own.index(f.name) if f.name in own else len(own))
         if getattr(config, f.name) != default(f) and f.name not in {"resume", "overwrite", "compilation_cache", *free}
     ]
     return " ".join([f"python -m experiments.{module}", *words])

@@ -30,46 +30,39 @@ from typing import Any
 import jax
 
 from experiments import online_report
-from experiments.align_config import (
-    HOW,
-    OWN_BETA,
-    AlignConfig,
-    attention_field,
-    beta_field,
-    check_method,
-    learning_rate_field,
-    remat_field,
-    report_beta_field,
-    resolved,
-)
-from experiments.align_law import (
-    LAW,
-    eval_temperature_field,
-    mask_truncated_field,
-    temperature_field,
-    top_k_field,
-    top_p_field,
-)
+from experiments.align_config import AlignConfig
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
 from experiments.online_measure import task_numbers
 from experiments.online_world import make_bench, play, reference
-from experiments.run_directory import Run, open_run, overwrite_field
+from experiments.run_directory import Run, RunFlags, open_run
+from tiltjax.align.law import Law
+from tiltjax.align.settings import (
+    COMPUTED,
+    OWN_BETA,
+    UNTRAINED,
+    Computation,
+    Fitting,
+    Settings,
+    Sources,
+    Tilting,
+    check_method,
+)
 from tiltjax.ops.checks import check_at_least, check_choice
 from tiltjax.rewards.registry import reward_code
-from tiltjax.train.config import check_fields, field, from_flags, output_field, seed_field
-from tiltjax.train.hardware import compilation_cache_field
+from tiltjax.train.config import check_fields, field, refield
 
 __all__ = ["TASKS", "OnlineConfig", "run"]
 
 _LOG = logging.getLogger("experiments.online")  # Not "__main__", whose lines are not shown.
 
 TASKS = ("puzzles", "sentiment")
-FREE = ("task", "methods", "output", "resume", "overwrite", "compilation_cache")
+FREE = ("task", "methods", *(item.name for item in dataclasses.fields(RunFlags)))
 """Settings that move no number of a task and method."""
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineConfig:
+class OnlineConfig(RunFlags, Sources, Law, Tilting, Fitting, Computation):
     """Everything that decides a run."""
 
     task: str = field("puzzles,sentiment", "Tasks with commas between: puzzles, sentiment.")
@@ -77,49 +70,38 @@ class OnlineConfig:
         "grpo,rloo,online_dpo_best_worst,online_tilted_mle",
         "Methods with commas between: the records of experiments.align that learn in rounds.",
     )
-    policy: str = field("smollm2", "Reference policy: as in experiments.align.")
     puzzle: str = field(
         "chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1", "Task of reasoning-gym, with its options."
     )
-    prompts: str = field("reviews", "Prompts of the task sentiment: as in experiments.align.")
-    proxy: str = field("imdb", "Reward that sentiment is trained on: as in experiments.align.")
-    gold: str = field("sentiment", "Independent reward of the task sentiment: as in experiments.align.")
-    beta: float | None = beta_field()
-    report_beta: float = report_beta_field()
-    temperature: float | None = temperature_field()
-    top_k: int = top_k_field()
-    top_p: float = top_p_field()
-    eval_temperature: float | None = eval_temperature_field()
-    mask_truncated: bool = mask_truncated_field()
-    steps: int = field(12, "Rounds: in each, candidates of --batch_size prompts are drawn, and a step is taken.")
-    batch_size: int = field(8, "Prompts per round.")
-    num_candidates: int = field(8, "N, candidates per prompt in training, where the method leaves it free.")
-    num_prompts: int = field(64, "Training prompts.")
-    num_eval_prompts: int = field(48, "Held-out prompts.")
+    prompts: str = refield(Sources, "prompts", "reviews", "Prompts of the task sentiment: as in experiments.align.")
+    proxy: str = refield(Settings, "reward", "imdb", "Reward that sentiment is trained on: as in experiments.align.")
+    gold: str = refield(
+        Settings, "reward", "sentiment", "Independent reward of the task sentiment: as in experiments.align."
+    )
+    steps: int = refield(
+        Fitting, "steps", 12, "Rounds: in each, candidates of --batch_size prompts are drawn, and a step is taken."
+    )
+    num_candidates: int = refield(
+        Sources, "num_candidates", 8, "N, candidates per prompt in training, where the method leaves it free."
+    )
+    num_eval_prompts: int = refield(Sources, "num_eval_prompts", 48)
     puzzle_candidates: int = field(16, "puzzles: K, sampled completions per held-out prompt; pass@k goes up to it.")
     sentiment_candidates: int = field(8, "sentiment: K, sampled completions per held-out prompt.")
     reference_draws: int = field(8, "sentiment: how many times K completions of the reference, for best-of-n.")
     puzzle_tokens: int = field(12, "puzzles: longest completion, tokens.")
     sentiment_tokens: int = field(20, "sentiment: longest completion, tokens.")
-    learning_rate: float | None = learning_rate_field()
-    lora_rank: int = field(16, "Rank of low-rank adapters; 0 trains all parameters.")
-    mesh: str = field("", "Device mesh such as data:4,fsdp:2,tensor:1; empty puts every device on data.")
-    compute_dtype: str = field(
-        "auto", "Operand type of matrix products; sums and logits are float32.", choices=("auto", "float32", "bfloat16")
+    sample_batch: int = refield(Computation, "sample_batch", 48, "Held-out prompts sampled and scored at a time.")
+    checkpoint_every: int = refield(
+        Fitting, "checkpoint_every", 6, "Rounds between checkpoints, at each of which the policy is read."
     )
-    remat: str = remat_field()
-    attention: str = attention_field()
-    sample_batch: int = field(48, "Held-out prompts sampled and scored at a time.")
-    checkpoint_every: int = field(6, "Rounds between checkpoints, at each of which the policy is read.")
-    compilation_cache: str = compilation_cache_field()
-    seed: int = seed_field()
-    output: str = output_field("runs/online")
-    resume: bool = field(
+    output: str = refield(RunFlags, "output", "runs/online")
+    resume: bool = refield(
+        RunFlags,
+        "resume",
         False,
         "Go on with the run in --output, and with further methods and tasks beside its own; with another --remat or "
         "--attention numbers agree to rounding.",
     )
-    overwrite: bool = overwrite_field()
 
     def __post_init__(self):
         check_fields(self)
@@ -143,28 +125,26 @@ class OnlineConfig:
         return tuple(dict.fromkeys(getattr(self, name).split(",")))
 
     def align(self, task: str, method: str) -> AlignConfig:
-        """The settings of a task and a method, as `experiments.align` has them; "" is the world of the task alone."""
+        """The settings of a task and a method, as `experiments.align` has them; "" is the session of the task alone."""
         puzzle = f"reasoning_gym:{self.puzzle}"
         read = self.puzzle_candidates if task == "puzzles" else self.sentiment_candidates
-        same = (*LAW, "mask_truncated", "policy", "report_beta", "num_prompts", "num_eval_prompts", "steps",
-                "batch_size", "learning_rate", "lora_rank", "mesh", "compute_dtype", "remat", "attention",
-                "sample_batch", "checkpoint_every", "seed", "resume")  # fmt: skip
-        settings: dict[str, Any] = {name: getattr(self, name) for name in same}
+        own = {item.name for item in dataclasses.fields(AlignConfig)} & {item.name for item in dataclasses.fields(self)}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in own}
         settings["beta"] = self.beta if method else self.report_beta
-        return AlignConfig(
-            prompts=puzzle if task == "puzzles" else self.prompts,
-            reward=puzzle if task == "puzzles" else self.proxy,
-            max_tokens=self.puzzle_tokens if task == "puzzles" else self.sentiment_tokens,
-            method=method or "soft_best_of_n",
-            num_candidates=self.num_candidates if method else read,
-            output=str(pathlib.Path(self.output) / task / method),
-            **settings,
-        )
+        settings |= {
+            "prompts": puzzle if task == "puzzles" else self.prompts,
+            "reward": puzzle if task == "puzzles" else self.proxy,
+            "max_tokens": self.puzzle_tokens if task == "puzzles" else self.sentiment_tokens,
+            "method": method or UNTRAINED,
+            "num_candidates": self.num_candidates if method else read,
+            "output": str(pathlib.Path(self.output) / task / method),
+        }
+        return AlignConfig(**settings)
 
 
 def run(config: OnlineConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``."""
-    with open_run(config, free=(*FREE, *HOW), writes=TASKS) as held:
+    with open_run(config, free=(*FREE, *COMPUTED), writes=TASKS) as held:
         return _run(config, held)
 
 
@@ -173,20 +153,20 @@ def _run(config: OnlineConfig, held: Run) -> dict[str, Any]:
         raise ValueError("experiments.online runs on one host")
     methods = config.parts("methods")
     for method in methods:
-        _LOG.info(resolved(config.align(config.parts("task")[0], method)))
+        _LOG.info(config.align(config.parts("task")[0], method).describe())
     results: dict[str, Any] = {}
     samples: dict[str, list] = {}
     comparisons = len(methods) * len(config.parts("task"))
     for task in config.parts("task"):
         gold = "" if task == "puzzles" else config.gold
         bench = make_bench(task, config.align(task, ""), held.directory / task, gold=gold)
-        parts = bench.world.parts | ({"gold reward": reward_code(gold)} if gold else {})
+        parts = bench.session.parts | ({"gold reward": reward_code(gold)} if gold else {})
         held.begin({f"{name} of {task}": value for name, value in parts.items()})  # Not before all input was read.
         before = reference(bench, draws=config.reference_draws if gold else 1)
         played = {method: play(bench, config.align(task, method)) for method in methods}
         numbers = task_numbers(before, played, beta=config.report_beta, comparisons=comparisons)
-        results[task] = {"settings": [resolved(config.align(task, method)) for method in methods], **numbers}
-        prompts = [row.prompt for row in bench.world.rows["heldout"]]
+        results[task] = {"settings": [config.align(task, method).describe() for method in methods], **numbers}
+        prompts = [row.prompt for row in bench.session.rows["heldout"]]
         after = {method: readings[-1] for method, (readings, _) in played.items()}
         samples[task] = online_report.samples_of(prompts, before, after)
         online_report.write(held.directory, config, results, samples)

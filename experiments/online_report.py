@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments.align_law import described
 from experiments.launch import command
 from experiments.online_world import Reading
 from experiments.reporting import STYLE, plt
@@ -98,7 +97,7 @@ def _setting(config: Any) -> str:
 
 
 def _question(task: str, config: Any) -> str:
-    law = described(config, evaluation=True)
+    law = config.describe_law(evaluation=True)
     if task == "puzzles":
         return (
             f"`reasoning_gym:{config.puzzle}`, the prompt as it is, at most {config.puzzle_tokens} tokens; the last "

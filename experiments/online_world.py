@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from experiments.align_config import AlignConfig
-from experiments.align_online import improve
-from experiments.align_world import World, prepare, score_rows
+from tiltjax.align.rounds import improve
+from tiltjax.align.session import Session, prepare, score_rows
 from tiltjax.data import text
 from tiltjax.models.transformer import Transformer
 from tiltjax.ops.tokens import sequence_logp
@@ -55,18 +55,18 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A task: its world with the sampler of evaluations, a greedy one, and the gold reward.
+    """A task: its session with the sampler of evaluations, a greedy one, and the gold reward.
 
     Attributes:
       name: Of the task.
-      world: Of the reference; its directory is the task's.
-      greedy: The same world with a greedy sampler; None where accuracy is not what counts.
+      session: Of the reference; its directory is the task's.
+      greedy: The same session with a greedy sampler; None where accuracy is not what counts.
       gold: The independent reward and its name, or None.
     """
 
     name: str
-    world: World
-    greedy: World | None
+    session: Session
+    greedy: Session | None
     gold: tuple[str, Any] | None
 
 
@@ -75,7 +75,7 @@ def make_bench(name: str, config: AlignConfig, directory: pathlib.Path, *, gold:
 
     Args:
       name: Of the task.
-      config: Of its world; ``num_candidates`` is that of an evaluation.
+      config: Of its session; ``num_candidates`` is that of an evaluation.
       directory: Of the task.
       gold: Spec of the independent reward; empty for a reward that is the truth, which is then read greedily too.
 
@@ -83,36 +83,36 @@ def make_bench(name: str, config: AlignConfig, directory: pathlib.Path, *, gold:
       `Bench`; nothing is written.
     """
     independent = (gold, load_reward(gold)) if gold else None
-    world = prepare(config, directory)
+    session = prepare(config, directory)
     alone = None
     if not gold:
-        ends: dict[str, Any] = {"eos_id": text.end_ids(world.tokenizer), "pad_id": text.pad_id(world.tokenizer)}
+        ends: dict[str, Any] = {"eos_id": text.end_ids(session.tokenizer), "pad_id": text.pad_id(session.tokenizer)}
         sampler = make_sampler(num_candidates=1, max_tokens=config.max_tokens, temperature=0.0, **ends)
-        alone = dataclasses.replace(world, evaluator=sampler)
-    return Bench(name=name, world=world, greedy=alone, gold=independent)
+        alone = dataclasses.replace(session, evaluator=sampler)
+    return Bench(name=name, session=session, greedy=alone, gold=independent)
 
 
-def _at(world: World, directory: pathlib.Path, method: str) -> World:
-    """The same world in the directory of a method; its candidates are refused by any other."""
-    fingerprint = hashlib.sha256(f"{world.fingerprint}\n{method}".encode()).hexdigest()[:16]
-    return dataclasses.replace(world, directory=directory, fingerprint=fingerprint)
+def _at(session: Session, directory: pathlib.Path, method: str) -> Session:
+    """The same session in the directory of a method; its candidates are refused by any other."""
+    fingerprint = hashlib.sha256(f"{session.fingerprint}\n{method}".encode()).hexdigest()[:16]
+    return dataclasses.replace(session, directory=directory, fingerprint=fingerprint)
 
 
 def _gold(bench: Bench, texts: list[list[str]]) -> np.ndarray | None:
     if bench.gold is None:
         return None
-    return score_rows(bench.gold[1], bench.world.rows["heldout"], texts, name=bench.gold[0])
+    return score_rows(bench.gold[1], bench.session.rows["heldout"], texts, name=bench.gold[0])
 
 
 def _read(bench: Bench, directory: pathlib.Path, method: str, policy: Transformer, played: int) -> Reading:
     """Samples, scores and keeps; what was kept is read, and the policy is not looked at."""
-    world = _at(bench.world, directory, method)
-    drawn, texts = world.rollout(f"heldout-{played}", policy, name="heldout")
+    session = _at(bench.session, directory, method)
+    drawn, texts = session.rollout(f"heldout-{played}", policy, name="heldout")
     reward = np.asarray(drawn.reward)
     log_ratio = np.zeros(reward.shape)
     if played:
-        at = world.config.eval_temperature
-        referred = world.with_reference(f"scored-{played}", drawn, "score reference", temperature=at)
+        at = session.settings.eval_temperature
+        referred = session.with_reference(f"scored-{played}", drawn, "score reference", temperature=at)
         log_ratio = np.asarray(sequence_logp(drawn.old_token_logp, drawn.completion_mask) - referred.ref_logp)
     greedy = None
     if bench.greedy is not None:
@@ -133,11 +133,12 @@ def reference(bench: Bench, *, draws: int) -> Reading:
     Returns:
       `Reading` of ``K draws`` completions, the first K with the random numbers of every other reading.
     """
-    directory = bench.world.directory / "reference"
-    first = _read(bench, directory, "reference", bench.world.model, 0)
-    world, parts = _at(bench.world, directory, "reference"), [(first.reward, first.texts)]
+    assert bench.session.directory is not None
+    directory = bench.session.directory / "reference"
+    first = _read(bench, directory, "reference", bench.session.model, 0)
+    session, parts = _at(bench.session, directory, "reference"), [(first.reward, first.texts)]
     for i in range(1, draws):
-        drawn, texts = world.rollout(f"heldout-0-{i}", bench.world.model, name=f"heldout again {i}")
+        drawn, texts = session.rollout(f"heldout-0-{i}", bench.session.model, name=f"heldout again {i}")
         parts.append((np.asarray(drawn.reward), texts))
     texts = [[completion for _, part in parts for completion in part[p]] for p in range(len(first.texts))]
     reward = np.concatenate([part for part, _ in parts], axis=1)
@@ -171,7 +172,7 @@ def play(bench: Bench, config: AlignConfig) -> tuple[list[Reading], dict[str, fl
     directory.mkdir(parents=True, exist_ok=True)
     save_config(config, directory / "config.json")
     # The loop must know its own settings; prompts, policy and compiled functions are those of the task.
-    world = dataclasses.replace(_at(bench.world, directory, method), config=config)
+    session = dataclasses.replace(_at(bench.session, directory, method), settings=config, resume=config.resume)
     marks, clock = (
         watched(method, steps=config.steps, every=config.checkpoint_every),
         _Clock(directory / "seconds.json"),
@@ -183,12 +184,12 @@ def play(bench: Bench, config: AlignConfig) -> tuple[list[Reading], dict[str, fl
         clock.lap("read", played)
 
     if checkpoint.latest(directory / "checkpoints") != marks[-1]:  # It is written after the last reading.
-        improve(world, watch=watch)
+        improve(session, watch=watch)
     kinds = ["heldout"] if bench.greedy is None else ["heldout", "heldout-greedy"]
     for path in [directory / "candidates" / f"{kind}-{played}.npz" for kind in kinds for played in marks]:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file, though training went past it; start in another --output")
-    return [_read(bench, directory, method, bench.world.model, played) for played in marks], clock.total()
+    return [_read(bench, directory, method, bench.session.model, played) for played in marks], clock.total()
 
 
 class _Clock:

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
 from experiments.plan_report import render
 from experiments.plan_shapes import SHAPES, policy_config
@@ -30,7 +31,7 @@ from experiments.run_directory import locked
 from tiltjax.analysis import CHIPS, Collective, Prediction, Shape, predict
 from tiltjax.models.config import REMAT
 from tiltjax.ops.checks import check_at_least
-from tiltjax.train.config import field, from_flags, output_field, write_text
+from tiltjax.train.config import field, output_field, write_text
 from tiltjax.train.method import Method
 from tiltjax.train.methods import get_method
 from tiltjax.train.sharding import AXES, parse_mesh

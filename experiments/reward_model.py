@@ -31,22 +31,22 @@ import numpy as np
 from jax.sharding import Sharding
 
 from experiments import reward_report
-from experiments.align_config import HOW, AlignConfig, attention_field, remat_field
-from experiments.align_fit import optimizer
-from experiments.align_law import LAW, eval_temperature_field, temperature_field, top_k_field, top_p_field
-from experiments.align_world import World, prepare
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
 from experiments.reward_report import Verdict
 from experiments.reward_world import Split, drawn_split, file_splits, judge, newline_tokens
-from experiments.run_directory import Run, open_run, overwrite_field
+from experiments.run_directory import Run, RunFlags, open_run
+from tiltjax.align.fit import optimizer, schedule_of
+from tiltjax.align.law import Law
+from tiltjax.align.session import Session, prepare
+from tiltjax.align.settings import COMPUTED, UNTRAINED, Computation, Fitting, Settings, Sources
 from tiltjax.data.pipeline import epoch_batches
 from tiltjax.models import lora
 from tiltjax.models.heads import RewardModel, is_trainable
 from tiltjax.ops.checks import check_at_least, check_choice, check_positive
 from tiltjax.train import distributed
-from tiltjax.train.config import check_fields, field, from_flags, output_field, seed_field
+from tiltjax.train.config import check_fields, field, refield
 from tiltjax.train.distributed import Hosts
-from tiltjax.train.hardware import compilation_cache_field
 from tiltjax.train.learned_reward import reward_all, save_reward_model
 from tiltjax.train.loop import fit
 from tiltjax.train.reward_model import (
@@ -68,61 +68,56 @@ from tiltjax.train.streams import stream
 
 __all__ = ["RewardConfig", "evaluate", "kinds_of", "run", "train"]
 
-FREE = ("kind", "output", "resume", "overwrite", "checkpoint_every", "compilation_cache")
+FREE = ("kind", "checkpoint_every", *(item.name for item in dataclasses.fields(RunFlags)))
 """Settings that move no number of a model."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(RunFlags, Sources, Law, Fitting, Computation):
     """Everything that decides a run."""
 
     kind: str = field("global", f"Kinds with commas between, or all: {', '.join(KINDS)}.")
-    policy: str = field("smollm2", "Writes the completions and becomes the model: as in experiments.align.")
-    prompts: str = field("reviews", "Prompts of the completions: as in experiments.align.")
+    policy: str = refield(
+        Sources, "policy", "smollm2", "Writes the completions and becomes the model: as in experiments.align."
+    )
+    prompts: str = refield(Sources, "prompts", "reviews", "Prompts of the completions: as in experiments.align.")
     data: str = field("", "Rows with labels: a file or folder as for --prompts; empty labels the policy's own text.")
-    skip_bad_rows: bool = field(False, "Leave out bad rows and say how many, instead of refusing the first.")
-    gold: str = field("", "Gold reward, as in experiments.align; empty is sentiment, and none with --data.")
+    gold: str = refield(
+        Settings, "reward", "", "Gold reward, as in experiments.align; empty is sentiment, and none with --data."
+    )
     label: str = field("gold", "Who compares: gold, or judge:<policy>.")
     criterion: str = field("is the more positive one", "What a judge is asked: 'Which continuation ...?'")
     scale: float = field(4.0, "Log-odds per unit of the gold reward.")
     pairs: int = field(0, "Comparisons per training prompt; 0 takes all pairs of its candidates.")
-    num_candidates: int = field(12, "N, completions per prompt.")
-    num_prompts: int = field(64, "Training prompts, from the top of the file.")
-    num_eval_prompts: int = field(32, "Held-out prompts, the rows after those; of --data, the last rows.")
-    max_tokens: int = field(24, "Longest completion, tokens.")
-    temperature: float | None = temperature_field()
-    top_k: int = top_k_field()
-    top_p: float = top_p_field()
-    eval_temperature: float | None = eval_temperature_field()
-    steps: int = field(48, "Optimizer steps.")
-    batch_size: int = field(2, "Prompts per step, each with its completions.")
-    microbatches: int = field(1, "Parts into which a batch is cut to save memory; the gradient is the same.")
-    learning_rate: float = field(2e-3, "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay).")
-    max_grad_norm: float = field(1.0, "Global norm at which gradients are clipped.")
-    lora_rank: int = field(16, "Rank of low-rank adapters; 0 trains all parameters (try --learning_rate=5e-5).")
+    num_candidates: int = refield(Sources, "num_candidates", 12, "N, completions per prompt.")
+    num_eval_prompts: int = refield(
+        Sources, "num_eval_prompts", 32, "Held-out prompts, the rows after those; of --data, the last rows."
+    )
+    max_tokens: int = refield(Settings, "max_tokens", 24)
+    steps: int = refield(Fitting, "steps", 48)
+    batch_size: int = refield(Fitting, "batch_size", 2, "Prompts per step, each with its completions.")
+    learning_rate: float = refield(
+        Fitting,
+        "learning_rate",
+        2e-3,
+        "Peak of the schedule (linear warm-up over a tenth of the steps, cosine decay); try 5e-5 with --lora_rank=0.",
+    )
     centring: float = field(0.0, "global: weight of the squared sum of a pair's rewards, per squared unit; try 0.01.")
     beta: float = field(
         0.0, "local, dpo: reward units per nat; 0 takes 1 / H (H the longest completion) for local and 0.1 for dpo."
     )
     step_tokens: int = field(8, "process: tokens per step of the policy's own text; in --data a step is a line.")
     aggregate: str = field("last", "process: how the scores of steps become one.", choices=AGGREGATES)
-    mesh: str = field("", "Device mesh such as data:4,fsdp:2,tensor:1; empty puts every device on data.")
-    compute_dtype: str = field(
-        "auto", "Operand type of matrix products; sums and logits are float32.", choices=("auto", "float32", "bfloat16")
-    )
-    remat: str = remat_field()
-    attention: str = attention_field()
-    sample_batch: int = field(8, "Prompts sampled and scored at a time.")
-    checkpoint_every: int = field(24, "Steps between checkpoints.")
-    compilation_cache: str = compilation_cache_field()
-    seed: int = seed_field()
-    output: str = output_field("runs/reward")
-    resume: bool = field(
+    sample_batch: int = refield(Computation, "sample_batch", 8, "Prompts sampled and scored at a time.")
+    checkpoint_every: int = refield(Fitting, "checkpoint_every", 24)
+    output: str = refield(RunFlags, "output", "runs/reward")
+    resume: bool = refield(
+        RunFlags,
+        "resume",
         False,
         "Go on with the run in --output, and with further kinds beside those it has; with another --remat or "
         "--attention numbers agree to rounding.",
     )
-    overwrite: bool = overwrite_field()
 
     def __post_init__(self):
         check_fields(self)
@@ -141,28 +136,17 @@ class RewardConfig:
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size={self.batch_size}, got {self.microbatches}")
 
-    def align(self) -> AlignConfig:
-        """The settings of the policy that writes, as `experiments.align` has them."""
-        drawing: dict[str, Any] = {name: getattr(self, name) for name in LAW}
-        return AlignConfig(
-            policy=self.policy,
+    def drawing(self) -> Settings:
+        """The settings of a session with the policy that writes; it trains nothing."""
+        parts = (Sources, Law, Computation)
+        values = {item.name: getattr(self, item.name) for part in parts for item in dataclasses.fields(part)}
+        settings: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        return Settings(
             reward=self.gold or ("brevity" if self.data else "sentiment"),
-            prompts=self.prompts,
-            skip_bad_rows=self.skip_bad_rows,
-            method="soft_best_of_n",
-            num_candidates=self.num_candidates,
-            num_prompts=self.num_prompts,
-            num_eval_prompts=self.num_eval_prompts,
+            method=UNTRAINED,
             max_tokens=self.max_tokens,
             batch_size=self.sample_batch,
-            sample_batch=self.sample_batch,
-            mesh=self.mesh,
-            compute_dtype=self.compute_dtype,
-            remat=self.remat,
-            attention=self.attention,
-            seed=self.seed,
-            output=self.output,
-            **drawing,
+            **settings,
         )
 
 
@@ -176,79 +160,79 @@ def kinds_of(config: RewardConfig) -> tuple[str, ...]:
 
 def run(config: RewardConfig) -> dict[str, Any]:
     """The whole job; returns what it writes to ``results.json``: on process 0, and nothing on the others."""
-    with open_run(config, free=(*FREE, *HOW), writes=KINDS) as held:
+    with open_run(config, free=(*FREE, *COMPUTED), writes=KINDS) as held:
         return _run(config, held)
 
 
 def _run(config: RewardConfig, held: Run) -> dict[str, Any]:
-    world = prepare(config.align(), held.directory)
-    if config.batch_size % world.places:
-        raise ValueError(f"batch_size must be a multiple of data x fsdp = {world.places}, got {config.batch_size}")
+    session = prepare(config.drawing(), held.directory)
+    if config.batch_size % session.places:
+        raise ValueError(f"batch_size must be a multiple of data x fsdp = {session.places}, got {config.batch_size}")
 
-    places: dict[str, Any] = {"batch_size": world.scored_batch, "sharding": batch_sharding(world.mesh)}
+    places: dict[str, Any] = {"batch_size": session.scored_batch, "sharding": batch_sharding(session.mesh)}
     compare = None
     if config.label != "gold":
         policy = config.label.removeprefix("judge:")
-        compare = judge(policy, world.config, criterion=config.criterion, batch_size=config.sample_batch)
+        compare = judge(policy, config, criterion=config.criterion, batch_size=config.sample_batch)
     verdicts: list[Verdict] = []
     agreement = None
     for kind in kinds_of(config):
-        spec = _spec(config, world, kind)
+        spec = _spec(config, session, kind)
         if config.data:
             learn, held_out = file_splits(
-                config.data, world.tokenizer, spec, held_out=config.num_eval_prompts, skip_bad=config.skip_bad_rows
+                config.data, session.tokenizer, spec, held_out=config.num_eval_prompts, skip_bad=config.skip_bad_rows
             )
-        held.begin(world.parts)  # Not before: input that is refused leaves no run behind.
+        held.begin(session.parts)  # Not before: input that is refused leaves no run behind.
         if not config.data:
             options: dict[str, Any] = {"scale": config.scale}
-            learn, agreement = drawn_split(world, "train", spec, most=config.pairs, compare=compare, **options)
-            held_out, _ = drawn_split(world, "heldout", spec, **options)
+            learn, agreement = drawn_split(session, "train", spec, most=config.pairs, compare=compare, **options)
+            held_out, _ = drawn_split(session, "heldout", spec, **options)
         if kind == "local" and not config.beta:
             spec = dataclasses.replace(spec, beta=1 / learn.data.candidates.completion.shape[-1])
-        learn = _referred(world, spec, learn)
-        model = train(config, world, spec, learn.data)
+        learn = _referred(session, spec, learn)
+        model = train(config, session, spec, learn.data)
         if kind in ("global", *LIKELIHOOD):  # The constant that comparisons leave open.
             spec = dataclasses.replace(spec, offset=_mean(spec, model, learn.data, **places))
-        export: dict[str, Any] = {"source": config.policy, "tokenizer": world.tokenizer}
+        export: dict[str, Any] = {"source": config.policy, "tokenizer": session.tokenizer}
         save_reward_model(model, spec, held.directory / kind / "model", overwrite=True, **export)
-        held_out = _referred(world, spec, held_out)
+        held_out = _referred(session, spec, held_out)
         reading = evaluate(spec, model, held_out.data, **places)
         shown, reward = held_out, reading.reward
         if config.data and config.gold:
-            shown = _referred(world, spec, drawn_split(world, "heldout", spec, scale=config.scale)[0])
+            shown = _referred(session, spec, drawn_split(session, "heldout", spec, scale=config.scale)[0])
             reward = evaluate(spec, model, shown.data, **places).reward
         verdicts.append(reward_report.verdict(spec, held_out, reading, shown, reward))
     told = agreement if compare else None
     return distributed.by_main(lambda: reward_report.write(held.directory, config, verdicts, agreement=told)) or {}
 
 
-def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) -> Any:
+def train(config: RewardConfig, session: Session, spec: RewardSpec, data: Labelled) -> Any:
     """Fits a model of the kind; returns it with adapters merged."""
-    backbone = world.model
+    backbone = session.model
     if config.lora_rank:
         key = stream(config.seed, "reward adapters")
         backbone = lora.add(key, backbone, rank=config.lora_rank)
     model, frozen = new_model(spec, backbone), None
     if config.lora_rank:
         model, frozen = lora.partition(model, lora.is_adapter if spec.kind in LIKELIHOOD else is_trainable)
-    tx = optimizer(config)
-    state = shard(init_state(model, tx), world.mesh)
+    tx = optimizer(**schedule_of(config))
+    state = shard(init_state(model, tx), session.mesh)
     loss_fn = reward_objective(spec, centring=config.centring if spec.kind == "global" else 0.0)
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, microbatches=config.microbatches)
     order = epoch_batches(len(data.candidates.prompt), config.batch_size, seed=config.seed)
-    place, size = batch_sharding(world.mesh), config.batch_size
+    place, size = batch_sharding(session.mesh), config.batch_size
     mine = distributed.host_rows(place, size)
     state = fit(
         state,
         lambda i: distributed.global_batch(_rows(data, order(i)[mine]), place, size),
-        step_fn=sharded_step(step, state, frozen, world.mesh),
+        step_fn=sharded_step(step, state, frozen, session.mesh),
         key=stream(config.seed, "reward fit"),
         num_steps=config.steps,
         directory=pathlib.Path(config.output) / spec.kind,
         frozen=frozen,
         resume=config.resume,
         checkpoint_every=config.checkpoint_every,
-        fingerprint=_fingerprint(config, world, spec, data),
+        fingerprint=_fingerprint(config, session, spec, data),
     )
     params = state.params if frozen is None else lora.combine(state.params, frozen)
     if isinstance(params, RewardModel):
@@ -257,10 +241,10 @@ def train(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) 
     return lora.merge(params)
 
 
-def _fingerprint(config: RewardConfig, world: World, spec: RewardSpec, data: Labelled) -> str:
+def _fingerprint(config: RewardConfig, session: Session, spec: RewardSpec, data: Labelled) -> str:
     """Of everything that decides the parameters after a step, to rounding; of the data it is tokens and labels."""
-    fields = {name: v for name, v in dataclasses.asdict(config).items() if name not in (*FREE, *HOW)}
-    digest = hashlib.sha256(repr((world.fingerprint, sorted(fields.items()), spec)).encode())
+    fields = {name: v for name, v in dataclasses.asdict(config).items() if name not in (*FREE, *COMPUTED)}
+    digest = hashlib.sha256(repr((session.fingerprint, sorted(fields.items()), spec)).encode())
     for leaf in jax.tree.leaves(data):
         if not np.issubdtype(leaf.dtype, np.floating):
             digest.update(np.ascontiguousarray(leaf).tobytes())
@@ -291,22 +275,24 @@ def _mean(spec: RewardSpec, model: Any, data: Labelled, **places: Any) -> float:
     return float(np.mean(reward_all(model, part, scorer=make_reward(spec), **places)))
 
 
-def _referred(world: World, spec: RewardSpec, split: Split) -> Split:
+def _referred(session: Session, spec: RewardSpec, split: Split) -> Split:
     """With the reference's log-probabilities, where the kind needs them."""
     if spec.kind != "dpo":
         return split
     candidates = split.data.candidates
     candidates = dataclasses.replace(
-        candidates, ref_logp=world.ref_logp(candidates, "score reference", temperature=1.0)
+        candidates, ref_logp=session.ref_logp(candidates, "score reference", temperature=1.0)
     )
     return dataclasses.replace(split, data=dataclasses.replace(split.data, candidates=candidates))
 
 
-def _spec(config: RewardConfig, world: World, kind: str) -> RewardSpec:
+def _spec(config: RewardConfig, session: Session, kind: str) -> RewardSpec:
     steps: dict[str, Any] = {}
     if kind == "process":
         steps = {"aggregate": config.aggregate}
-        steps |= {"separators": newline_tokens(world.tokenizer)} if config.data else {"step_tokens": config.step_tokens}
+        steps |= (
+            {"separators": newline_tokens(session.tokenizer)} if config.data else {"step_tokens": config.step_tokens}
+        )
     beta = config.beta or (0.1 if kind == "dpo" else 1.0)
     return RewardSpec(kind=kind, beta=beta, reference=config.policy if kind == "dpo" else "", **steps)
 

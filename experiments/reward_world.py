@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.align_config import AlignConfig
-from experiments.align_world import World, score_rows
+from tiltjax.align.session import Session, score_rows
+from tiltjax.align.settings import Computation
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates
@@ -66,7 +66,7 @@ def pairs_of(num_prompts: int, num_candidates: int, *, most: int, rng: np.random
 
 
 def drawn_split(
-    world: World,
+    session: Session,
     name: str,
     spec: RewardSpec,
     *,
@@ -77,7 +77,7 @@ def drawn_split(
     """Completions that the policy writes for the prompts of a split, labelled.
 
     Args:
-      world: From `experiments.align_world.prepare`, with the gold reward.
+      session: From `tiltjax.align.session.prepare`, with the gold reward.
       name: "train" or "heldout".
       spec: Of the kind whose labels are wanted.
       scale: Log-odds per unit of the gold reward.
@@ -87,11 +87,11 @@ def drawn_split(
     Returns:
       The split, and how often the labels of comparisons agree with the sign of the gold reward's difference.
     """
-    drawn, texts = world.rollout(name, world.model, name=name)
-    prompts, templates = [row.prompt for row in world.rows[name]], [row.template for row in world.rows[name]]
+    drawn, texts = session.rollout(name, session.model, name=name)
+    prompts, templates = [row.prompt for row in session.rows[name]], [row.template for row in session.rows[name]]
     gold = np.asarray(drawn.reward, np.float64)
-    rng = generator(world.config.seed, f"labels {name}")
-    candidates = encode(world.tokenizer, prompts, texts, templates=templates)
+    rng = generator(session.settings.seed, f"labels {name}")
+    candidates = encode(session.tokenizer, prompts, texts, templates=templates)
     pair = pairs_of(*gold.shape, most=most, rng=rng)
     rows = np.arange(len(pair))[:, None]
     ahead = scale * (gold[rows, pair[..., 0]] - gold[rows, pair[..., 1]])
@@ -110,7 +110,7 @@ def drawn_split(
     if spec.kind == "outcome":
         truth = scale * gold
     if spec.kind == "process":
-        truth = scale * _prefix_gold(world, world.rows[name], candidates, spec)
+        truth = scale * _prefix_gold(session, session.rows[name], candidates, spec)
         good = _bernoulli(rng, truth).astype(np.int32)
         ends = np.asarray(step_ends(spec, candidates.completion, candidates.completion_mask))
         labels["step_label"] = np.where(ends, good, -100).astype(np.int32)
@@ -120,14 +120,14 @@ def drawn_split(
     return Split(data=Labelled(candidates=candidates, **labels), length=length, gold=gold, truth=truth), agreement
 
 
-def _prefix_gold(world: World, rows: list, candidates: Candidates, spec: RewardSpec) -> np.ndarray:
+def _prefix_gold(session: Session, rows: list, candidates: Candidates, spec: RewardSpec) -> np.ndarray:
     """The gold reward of the text up to every place where a step ends, 0 elsewhere, ``[P, N, T]``."""
     tokens = np.asarray(candidates.completion)
     places = np.argwhere(np.asarray(step_ends(spec, tokens, candidates.completion_mask)))
     until = np.arange(tokens.shape[-1])[None] <= places[:, 2:]
-    cut = text.decode_completions(world.tokenizer, tokens[places[:, 0], places[:, 1]][None], until[None])[0]
+    cut = text.decode_completions(session.tokenizer, tokens[places[:, 0], places[:, 1]][None], until[None])[0]
     out = np.zeros(tokens.shape)
-    out[tuple(places.T)] = score_rows(world.reward, [rows[p] for p in places[:, 0]], [[one] for one in cut])[:, 0]
+    out[tuple(places.T)] = score_rows(session.reward, [rows[p] for p in places[:, 0]], [[one] for one in cut])[:, 0]
     return out
 
 
@@ -260,7 +260,7 @@ def newline_tokens(tokenizer: text.Tokenizer) -> tuple[int, ...]:
     return tuple(i for i in range(len(tokenizer)) if tokenizer.decode([i]).endswith("\n"))
 
 
-def judge(policy: str, config: AlignConfig, *, criterion: str, batch_size: int) -> Compare:
+def judge(policy: str, computation: Computation, *, criterion: str, batch_size: int) -> Compare:
     r"""A policy as the judge: it is asked which of two completions is better, once in each order.
 
     .. math:: \ell = \tfrac12 \left[ \log \frac{\pi(A | y_1, y_2)}{\pi(B | y_1, y_2)}
@@ -270,7 +270,7 @@ def judge(policy: str, config: AlignConfig, *, criterion: str, batch_size: int) 
 
     Args:
       policy: As on the command line.
-      config: Of the run, for the type of its matrix products and its attention.
+      computation: Of the run, for the type of its matrix products and its attention.
       criterion: What "better" means, to complete the question "Which continuation ...?".
       batch_size: Questions at a time.
 
@@ -281,8 +281,8 @@ def judge(policy: str, config: AlignConfig, *, criterion: str, batch_size: int) 
       Lee et al., 2023, arXiv:2309.00267 (both orders, and the probabilities of the two answers).
     """
     tokenizer = text.load_tokenizer(policy)
-    dtype = fast_dtype() if config.compute_dtype == "auto" else config.compute_dtype
-    model: Transformer = pretrained.load(policy, compute_dtype=dtype, attention=config.attention)
+    dtype = fast_dtype() if computation.compute_dtype == "auto" else computation.compute_dtype
+    model: Transformer = pretrained.load(policy, compute_dtype=dtype, attention=computation.attention)
     limit(tokenizer, model.config)
     answers = text.encode_completions(tokenizer, ["A", "B"], eos=False)
 

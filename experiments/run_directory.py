@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from tiltjax.train import distributed
-from tiltjax.train.config import field, load_config, save_config, write_text
+from tiltjax.train.config import field, load_config, output_field, save_config, write_text
+from tiltjax.train.hardware import compilation_cache_field
 
-__all__ = ["Run", "locked", "open_run", "overwrite_field"]
+__all__ = ["Run", "RunFlags", "locked", "open_run", "overwrite_field"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,6 +38,20 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def overwrite_field() -> Any:
     """The field of an experiment's configuration with which `open_run` removes the run that is there."""
     return field(False, "Remove the run in --output and start anew; files that no run writes stay.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """Settings of a run's directory, which move no number."""
+
+    output: str = output_field("runs/run")
+    resume: bool = field(
+        False,
+        "Go on with the run in --output from wherever it was stopped: bit for bit with the same settings, to rounding "
+        "with another --remat, --attention or --length_buckets.",
+    )
+    overwrite: bool = overwrite_field()
+    compilation_cache: str = compilation_cache_field()
 
 
 @dataclasses.dataclass

@@ -10,8 +10,9 @@ import re
 
 import pytest
 
-from experiments.align_config import UNTRAINED, AlignConfig
+from experiments.align_config import AlignConfig
 from experiments.reward_model import RewardConfig
+from tiltjax.align.settings import UNTRAINED
 from tiltjax.train import methods
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -69,7 +69,8 @@ def rank(name):
 
 FACES = sorted(path.parent.name for path in ROOT.glob("tiltjax/*/__init__.pyi"))
 # A module of that name, or functions of two modules that one name would hide: their path is the module's.
-WITHOUT_FACE = {"data": {"gguf_tokenizer"}, "models": {"attention", "load", "save"}, "ops": {"matmul"},
+WITHOUT_FACE = {"align": {"compare", "feedback"}, "data": {"gguf_tokenizer"},
+                "models": {"attention", "load", "save"}, "ops": {"matmul"},
                 "rewards": {"sentiment"}, "samplers": {"best_of_n", "decode", "resample"}, "tilt": {"f_divergence"},
                 "train": {"collect", "fit"}}  # fmt: skip
 

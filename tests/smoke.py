@@ -128,28 +128,28 @@ def _align_config(folder: pathlib.Path, name: str, **settings: Any) -> Any:
 @functools.cache
 def _world(folder: pathlib.Path) -> Any:
     """Policy, tokenizer, prompts and reward, loaded once for the records that a process runs."""
-    from experiments.align_world import prepare
+    from tiltjax.align.session import prepare
 
-    return prepare(_align_config(folder, "world", method="soft_best_of_n"), folder / "world")
+    return prepare(_align_config(folder, "session", method="soft_best_of_n"), folder / "session")
 
 
 def record(folder: pathlib.Path, name: str, **settings: Any) -> None:
     """Two steps of a record by the engine of `experiments.align`."""
     import dataclasses
 
-    from experiments.align_fit import tune
-    from experiments.align_online import improve
+    from tiltjax.align.fit import tune
+    from tiltjax.align.rounds import improve
     from tiltjax.train.methods import get_method
 
     method = settings.pop("method", name)
     config = _align_config(folder, name, method=method, **settings)
     directory = pathlib.Path(config.output)
-    world = dataclasses.replace(_world(folder), config=config, directory=directory)
+    session = dataclasses.replace(_world(folder), settings=config, directory=directory)
     if config.in_rounds:
-        improve(world)
+        improve(session)
         check_metrics(directory, get_method(method).rounds or config.steps)
     else:
-        tune(world, world.rollout("train", world.model, name="train")[0])
+        tune(session, session.rollout("train", session.model, name="train")[0])
         check_metrics(directory, config.steps)
 
 

@@ -15,6 +15,7 @@ also its own, ``tiltjax.losses.dpo_loss``, and loads on first use too.
     files       where the files of a model lie
     rewards     text -> float
     train       one step, two ways to map it over devices
+    align       a session: load, sample, estimate, align by any method, evaluate, save
     analysis    what a program costs: FLOPs, traffic, communication, memory, traces
     ops         the mathematics below
     papers      where all this is from: ``tiltjax.citation("dpo")`` is its BibTeX
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "advantages",
+    "align",
     "analysis",
     "citation",
     "data",

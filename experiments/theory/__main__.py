@@ -11,10 +11,11 @@ import sys
 
 from tqdm import tqdm
 
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
 from experiments.run_directory import locked
 from experiments.theory import claims
-from tiltjax.train.config import field, from_flags, output_field
+from tiltjax.train.config import field, output_field
 
 FAMILIES = (
     "soft_best_of_n",

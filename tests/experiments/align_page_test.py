@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from experiments import align, align_page
-from experiments.reporting import _plain
+from tiltjax.align.evaluation import _plain
 from tiltjax.train.evaluate import Point
 from tiltjax.train.metrics import Interval
 

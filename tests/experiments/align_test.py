@@ -15,16 +15,21 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import align, align_fit, align_world
-from experiments.align_config import HOW, AlignConfig, record_of
+from experiments import align
+from experiments.align_config import AlignConfig
+from experiments.flags import define_flags
 from experiments.run_directory import Run
 from tests.tiny import save_policy
+from tiltjax.align import fit as align_fit
+from tiltjax.align import rounds as align_rounds
+from tiltjax.align import session as align_session
+from tiltjax.align.settings import COMPUTED
+from tiltjax.align.sources import prompt_rows
 from tiltjax.data import text
 from tiltjax.models import pretrained
 from tiltjax.rewards.gate import score
 from tiltjax.rewards.registry import load_reward
 from tiltjax.train import evaluate
-from tiltjax.train.config import define_flags
 from tiltjax.train.distributed import Hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -130,7 +135,7 @@ def test_says_how_much_it_compiles_and_nothing_of_what_jax_does(unbroken):
         "sample train", "fit", "sample heldout", "sample heldout-tuned", "score tuned"
     ]  # fmt: skip
     places = {line.partition("] ")[0].split()[-1].partition(":")[0] for line in lines}
-    assert {"rollout.py", "align_fit.py", "align.py"} <= places
+    assert {"rollout.py", "fit.py", "align.py"} <= places
     assert not places & {"compiler.py", "dispatch.py", "compilation_cache.py", "pxla.py", "xla_bridge.py"}
     assert re.fullmatch(r"sample train: 8 rows in 1 batches of 1 shapes \(compilations\) .*; padding .*", said[0])
     assert said[1].startswith("fit: 6 steps of 1 shapes (compilations) [(3, 6)], ")
@@ -155,7 +160,7 @@ def test_export_is_the_last_checkpoint(home, unbroken):
 
 
 def test_killed_it_ends_with_the_same_bytes(home, start, unbroken):
-    """Within a rollout it is killed in `rollout_test`, between stages in `align_online_test`; here by the system."""
+    """Within a rollout it is killed in `rollout_test`, between stages in `rounds_test`; here by the system."""
     directory = home / "broken"
     process = start(*arguments(settings(home, directory, resume=True)))
     deadline = time.monotonic() + 200
@@ -227,7 +232,7 @@ def refused(capsys, monkeypatch):
         ),
         ({"num_candidates": 1}, "num_candidates must be at least 2, got 1"),
         ({"batch_size": 16}, "batch_size must be at most num_prompts=8, got 16"),
-        ({"method": "spin", "steps": 4}, "--method=spin needs --demonstrations"),
+        ({"method": "spin", "steps": 4}, "method spin needs demonstrations"),
         ({"microbatches": 3}, "microbatches must divide batch_size=8, got 3"),
         ({"policy": "/no/such/policy"}, "/no/such/policy"),
         (
@@ -275,22 +280,22 @@ def test_flags_say_how_the_policy_computes(home, tmp_path, monkeypatch, flags_, 
         raise Begun
 
     monkeypatch.setattr(Run, "begin", cut_off)
-    monkeypatch.setattr(align, "prepare", lambda *told: worlds.append(prepare(*told)) or worlds[-1])
+    monkeypatch.setattr(align, "prepare", lambda *a, **k: worlds.append(prepare(*a, **k)) or worlds[-1])
     options = settings(home, tmp_path, batch_size=8, sample_batch=8)
     for changes in ({}, {"resume": True} | flags_, {"resume": True}):
         with pytest.raises(Begun):
             align.run(AlignConfig(**options | changes))
         if not changes:
             noted = json.loads((tmp_path / "config.json").read_text())
-            (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in noted.items() if k not in HOW}))
+            (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in noted.items() if k not in COMPUTED}))
     assert (worlds[1].model.config.attention, worlds[1].model.config.remat) == (attention, remat)
-    assert len({world.fingerprint for world in worlds}) == 1
+    assert len({session.fingerprint for session in worlds}) == 1
 
 
 @pytest.fixture
 def compiled_once(monkeypatch, shared):
     for name, function in shared.items():
-        monkeypatch.setattr(align_world, name, function)
+        monkeypatch.setattr(align_session, name, function)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +306,7 @@ def shared():
     def once(make):
         return lambda **options: made.setdefault((make, *sorted(options.items())), make(**options))
 
-    return {name: once(getattr(align_world, name)) for name in ("make_sampler", "make_scorer")}
+    return {name: once(getattr(align_session, name)) for name in ("make_sampler", "make_scorer")}
 
 
 @pytest.mark.parametrize(
@@ -322,21 +327,21 @@ def test_a_reward_that_fails_is_named(home, tmp_path, refused, compiled_once, re
 
 
 def test_the_reference_is_asked_of_what_steps_see_and_only_where_a_record_reads_it(home, tmp_path, compiled_once):
-    world = align_world.prepare(AlignConfig(**settings(home, tmp_path, batch_size=8, sample_batch=8)), tmp_path)
-    drawn, _ = world.rollout("train", world.model, name="train")
-    seen, score = [], world.score
+    session = align_session.prepare(AlignConfig(**settings(home, tmp_path, batch_size=8, sample_batch=8)), tmp_path)
+    drawn, _ = session.rollout("train", session.model, name="train")
+    seen, score = [], session.score
 
     def viewer(temperature):
         def view(model, candidates):
             seen.append(candidates.completion.shape)
-            return world.viewer(temperature)(model, candidates)
+            return session.viewer(temperature)(model, candidates)
 
         return view
 
     def data(method, **changes):
-        config = dataclasses.replace(world.config, method=method, steps=2, **changes)
-        watched = dataclasses.replace(world, config=config, viewer=viewer)
-        return align_fit.training_data(watched, record_of(config), drawn).rows
+        config = dataclasses.replace(session.settings, method=method, steps=2, **changes)
+        watched = dataclasses.replace(session, settings=config, viewer=viewer)
+        return align_fit.training_data(watched, config.record, drawn).rows
 
     for method in ("tilted_mle", "best_of_n_sft", "var_importance", "simpo"):
         assert data(method).ref_view is None
@@ -345,18 +350,18 @@ def test_the_reference_is_asked_of_what_steps_see_and_only_where_a_record_reads_
     assert pairs.source.shape == (16, 2)  # Of 32 pairs, those of two steps.
     assert sum(shape[0] for shape in seen) == 16
     c = pairs.candidates
-    expected = jax.jit(type(world.model).score)(world.model, c.prompt, c.prompt_mask, c.completion).logp
+    expected = jax.jit(type(session.model).score)(session.model, c.prompt, c.prompt_mask, c.completion).logp
     mask = c.completion_mask
     np.testing.assert_allclose(pairs.ref.token_logp[mask], expected[mask], atol=1e-5, rtol=1e-5)
     crossed = data("var")
-    rows = dict(zip(map(tuple, world.encode(world.rows["train"])), world.rows["train"], strict=True))
+    rows = dict(zip(map(tuple, session.encode(session.rows["train"])), session.rows["train"], strict=True))
     c = crossed.candidates
     asked = [rows[tuple(prompt[mask].tolist())] for prompt, mask in zip(c.prompt, c.prompt_mask, strict=True)]
-    np.testing.assert_allclose(crossed.reward, score(asked, world.texts(c)), rtol=1e-6)
+    np.testing.assert_allclose(crossed.reward, score(asked, session.texts(c)), rtol=1e-6)
     with pytest.MonkeyPatch.context() as patch:  # What a reward said once is not asked again.
-        patch.setattr(align_world, "score_rows", lambda *_, **__: pytest.fail("scored again"))
+        patch.setattr(align_session, "score_rows", lambda *_, **__: pytest.fail("scored again"))
         np.testing.assert_array_equal(data("var").reward, crossed.reward)
-    world = dataclasses.replace(world, fingerprint="0" * 16)
+    session = dataclasses.replace(session, fingerprint="0" * 16)
     with pytest.raises(ValueError, match="made by another policy, tokenizer, prompts or settings"):
         data("var")
 
@@ -366,15 +371,15 @@ def test_prompts_that_cannot_be_divided_give_the_same_candidates(home, tmp_path,
     found, held = {}, []
     for size in (8, 1):
         options = settings(home, tmp_path / f"{size}", batch_size=8, sample_batch=size)
-        world = align_world.prepare(AlignConfig(**options), tmp_path / f"{size}")
+        session = align_session.prepare(AlignConfig(**options), tmp_path / f"{size}")
 
-        def sampler(*arguments, whole=world.sampler):
+        def sampler(*arguments, whole=session.sampler):
             out = whole(*arguments)
             held.append((out.completion.shape, out.completion.sharding.shard_shape(out.completion.shape)))
             return out
 
-        drawn, _ = dataclasses.replace(world, sampler=sampler).rollout("train", world.model, name="train")
-        found[size] = drawn, world.ref_logp(drawn, "score", temperature=1.0)
+        drawn, _ = dataclasses.replace(session, sampler=sampler).rollout("train", session.model, name="train")
+        found[size] = drawn, session.ref_logp(drawn, "score", temperature=1.0)
     assert held == [((8, 8, 6), (1, 8, 6)), *[((4, 8, 6), (4, 1, 6))] * 2]
     for name in ("prompt", "completion", "completion_mask", "reward"):
         np.testing.assert_array_equal(getattr(found[1][0], name), getattr(found[8][0], name))
@@ -384,10 +389,10 @@ def test_prompts_that_cannot_be_divided_give_the_same_candidates(home, tmp_path,
 def test_packed_rows_hold_what_counts_in_one_shape(home, tmp_path, compiled_once):
     """Of each prompt the best candidate with weight 1, at every step in as many rows, which the devices divide."""
     options = settings(home, tmp_path, batch_size=8, sample_batch=8, method="best_of_n_sft", pack=True)
-    world = align_world.prepare(AlignConfig(**options), tmp_path)
-    drawn, _ = world.rollout("train", world.model, name="train")
-    data = align_fit.training_data(world, record_of(world.config), drawn)
-    take, rows = align_fit.packed(world, data)
+    session = align_session.prepare(AlignConfig(**options), tmp_path)
+    drawn, _ = session.rollout("train", session.model, name="train")
+    data = align_fit.training_data(session, session.settings.record, drawn)
+    take, rows = align_fit.packed(session, data)
     order = data.order
     best = np.asarray(drawn.reward).argmax(axis=1)
     tokens = drawn.completion_mask[np.arange(8), best].sum(axis=-1)
@@ -405,14 +410,14 @@ def test_packed_rows_hold_what_counts_in_one_shape(home, tmp_path, compiled_once
 
 def test_another_reference_or_tokenizer_is_another_fingerprint(home, tmp_path, compiled_once, monkeypatch):
     config = AlignConfig(**settings(home, tmp_path, batch_size=8, sample_batch=8))
-    prints = {align_world.prepare(config, tmp_path).fingerprint}
+    prints = {align_session.prepare(config, tmp_path).fingerprint}
     with monkeypatch.context() as patch:
         patch.setattr(text, "tokenizer_fingerprint", lambda tokenizer: "another")
-        prints.add(align_world.prepare(config, tmp_path).fingerprint)
+        prints.add(align_session.prepare(config, tmp_path).fingerprint)
     with monkeypatch.context() as patch:
         load = pretrained.load
         patch.setattr(pretrained, "load", lambda *a, **o: jax.tree.map(lambda x: x * 1.0001, load(*a, **o)))
-        prints.add(align_world.prepare(config, tmp_path).fingerprint)
+        prints.add(align_session.prepare(config, tmp_path).fingerprint)
     assert len(prints) == 3
 
 
@@ -444,14 +449,14 @@ def test_a_run_of_any_kind_ends_with_its_files(home, tmp_path, compiled_once, na
 
 
 def test_a_record_plays_its_rounds_and_is_compared(home, tmp_path, compiled_once, monkeypatch):
-    """What its rounds do is in `align_online_test`, and in `distributed_test` on one process and on two."""
+    """What its rounds do is in `rounds_test`, and in `distributed_test` on one process and on two."""
     played = []
 
-    def improve(world):
-        played.append(world.config.method)
-        return jax.tree.map(lambda x: x * 1.5, world.model)
+    def improve(session, *, watch):
+        played.append(session.settings.method)
+        return jax.tree.map(lambda x: x * 1.5, session.model)
 
-    monkeypatch.setattr(align, "improve", improve)
+    monkeypatch.setattr(align_rounds, "improve", improve)
     options = {"method": "rloo", "batch_size": 8, "sample_batch": 8, "steps": 2}
     results = align.run(AlignConfig(**settings(home, tmp_path / "run", **options)))
     assert played == ["rloo"]
@@ -473,9 +478,9 @@ def numbers(value):
 
 
 def test_puzzles_are_prompts_with_what_their_reward_needs():
-    rows = align_world.prompt_rows("reasoning_gym:gcd?max_value=20", 3, seed=0)
+    rows = prompt_rows("reasoning_gym:gcd?max_value=20", 3, seed=0)
     assert len({row.prompt for row in rows}) == 3
     columns = {name: [row.columns[name] for row in rows] for name in ("answer", "entry")}
     reward = load_reward("reasoning_gym:gcd")
     assert score(reward, [row.prompt for row in rows], columns["answer"], columns=columns).tolist() == [1.0] * 3
-    assert len(align_world.prompt_rows("reviews", 3, seed=0)) == 112
+    assert len(prompt_rows("reviews", 3, seed=0)) == 112

@@ -11,10 +11,11 @@ from experiments import launch
 from experiments.align_config import AlignConfig
 from experiments.arena import ArenaConfig
 from experiments.diffusion_digits import DigitsConfig
+from experiments.flags import define_flags, from_flags
 from experiments.online import OnlineConfig
 from experiments.plan import PlanConfig
 from experiments.reward_model import RewardConfig
-from tiltjax.train.config import define_flags, from_flags, load_config, save_config
+from tiltjax.train.config import load_config, save_config
 from tiltjax.train.distributed import Hosts
 
 PROGRAMS = (AlignConfig, ArenaConfig, DigitsConfig, Hosts, OnlineConfig, PlanConfig, RewardConfig)

@@ -13,7 +13,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from experiments import launch
-from tiltjax.train.config import define_flags, field
+from experiments.flags import define_flags
+from tiltjax.train.config import field
 
 ROOT = pathlib.Path(__file__).parents[2]
 prepare_process = launch.prepare_process  # As it is outside of the tests.
@@ -64,9 +65,9 @@ def test_every_program_keeps_what_it_compiles(tmp_path, monkeypatch, process, to
 
 def test_programs_speak_of_their_own_work_only(process, caplog):
     launch.program(lambda: None)(["x"])
-    for name in ("tiltjax.train.rollout", "experiments.align_fit", "absl", "jax._src.dispatch", "orbax.checkpoint"):
+    for name in ("tiltjax.train.rollout", "tiltjax.align.fit", "absl", "jax._src.dispatch", "orbax.checkpoint"):
         logging.getLogger(name).info("of %s", name)
-    assert [record.name for record in caplog.records] == ["tiltjax.train.rollout", "experiments.align_fit"]
+    assert [record.name for record in caplog.records] == ["tiltjax.train.rollout", "tiltjax.align.fit"]
 
 
 @pytest.fixture

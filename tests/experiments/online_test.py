@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from experiments import align_online, align_world, online, online_measure, online_report, online_world
+from experiments import online, online_measure, online_report, online_world
 from experiments.online import OnlineConfig
 from tests.tiny import save_policy
+from tiltjax.align import rounds as align_rounds
+from tiltjax.align import session as align_session
 
 SETTINGS = {"methods": "rloo", "puzzle": "chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1",
             "proxy": f"{__name__}:proxy", "gold": f"{__name__}:gold", "beta": 0.1, "steps": 2, "batch_size": 8,
@@ -56,13 +58,13 @@ def compiled_once():
     def once(make):
         def shared(*arguments, **options):
             # The fit of a method is that of any task: mesh and settings of a step are the same, mostly the policy too.
-            policy = [world.model.config for world in arguments[:1]]
+            policy = [session.model.config for session in arguments[:1]]
             return made.setdefault((make, *policy, *sorted(options.items())), make(*arguments, **options))
 
         return shared
 
-    parts = ((align_world, "make_sampler"), (align_world, "make_scorer"), (online_world, "make_sampler"),
-             (align_online, "model_sample"), (align_online, "_fitting"))  # fmt: skip
+    parts = ((align_session, "make_sampler"), (align_session, "make_scorer"), (online_world, "make_sampler"),
+             (align_rounds, "model_sample"), (align_rounds, "_fitting"))  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module, name in parts:
             patch.setattr(module, name, once(getattr(module, name)))
@@ -97,8 +99,8 @@ def test_the_report_has_both_tasks(home, finished):
 
 def test_no_question_is_both_trained_on_and_held_out(home, finished):
     config = finished[0].align("puzzles", "")
-    world = online_world.prepare(config, home / "none")
-    asked = [{row.prompt for row in world.rows[split]} for split in ("train", "heldout")]
+    session = online_world.prepare(config, home / "none")
+    asked = [{row.prompt for row in session.rows[split]} for split in ("train", "heldout")]
     assert [len(questions) for questions in asked] == [8, 8]
     assert not asked[0] & asked[1]
     with pytest.raises(ValueError, match="201 prompts are needed"):
@@ -236,7 +238,7 @@ def test_the_verdict_says_what_is_more_than_chance():
     [
         ({"task": "puzzles,poetry"}, "task must be one of"),
         ({"methods": "rloo,hope"}, "methods must be one of"),
-        ({"methods": "safe_rlhf"}, "--method=safe_rlhf needs --cost"),
+        ({"methods": "safe_rlhf"}, "method safe_rlhf needs cost"),
         ({"methods": "raft", "steps": 3}, "steps must be a multiple of the 8 rounds of raft, got 3"),
         ({"beta": 0.0}, "beta must be a finite number above 0"),
         ({"reference_draws": 0}, "reference_draws must be at least 1"),

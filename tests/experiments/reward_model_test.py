@@ -1,4 +1,4 @@
-"""A tiny policy, a tiny world: the report, the saved reward as texts see it, files of labels, the judge."""
+"""A tiny policy, a tiny session: the report, the saved reward as texts see it, files of labels, the judge."""
 
 import dataclasses
 import itertools
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import align_world, reward_model, reward_report, reward_world
+from experiments import reward_model, reward_report, reward_world
 from experiments.align_config import AlignConfig
 from experiments.reward_model import RewardConfig
 from tests.tiny import save_policy
+from tiltjax.align import session as align_session
 from tiltjax.data import text
 from tiltjax.models import pretrained
 from tiltjax.rewards.gate import score
@@ -74,13 +75,13 @@ def test_the_saved_model_is_the_reward_that_align_is_told(home, finished):
     """Texts read from disk score as in the run, centred, and every prompt's completions wherever they stand."""
     folder = home / "run" / "global" / "model"
     assert (folder / "generation_config.json").read_text() == (home / "policy/generation_config.json").read_text()
-    told = dataclasses.replace(finished[0].align(), reward=f"model:{folder}", output=str(home / "none"))
-    world = align_world.prepare(told, home / "none")
-    assert world.reward.fingerprint
-    prompts = [row.prompt for row in world.rows["heldout"] for _ in range(4)]
+    told = dataclasses.replace(finished[0].drawing(), reward=f"model:{folder}")
+    session = align_session.prepare(told, home / "none")
+    assert session.reward.fingerprint
+    prompts = [row.prompt for row in session.rows["heldout"] for _ in range(4)]
     completions = [f"w{i % 9} w{i % 5}" if i % 4 else "w1" for i in range(16)]
-    together = score(world.reward, prompts, completions, progress=False)
-    alone = world.reward(prompts[5:6], completions[5:6])
+    together = score(session.reward, prompts, completions, progress=False)
+    alone = session.reward(prompts[5:6], completions[5:6])
     np.testing.assert_allclose(together[5], alone[0], atol=1e-5)
     assert np.ptp(together) > 1e-4
     with pytest.raises(FileNotFoundError, match=r"reward\.json: no such file"):
@@ -149,7 +150,7 @@ def test_steps_of_a_file_are_learned_where_they_end(home, tmp_path, monkeypatch)
     config = RewardConfig(
         **settings(home, tmp_path / "run", kind="process", data=str(data), gold="", num_eval_prompts=2)
     )
-    monkeypatch.setattr(reward_model, "train", lambda config, world, spec, data: new_model(spec, world.model))
+    monkeypatch.setattr(reward_model, "train", lambda config, session, spec, data: new_model(spec, session.model))
     found = reward_model.run(config)["models"]["process"]
     assert found["nll"][0] == pytest.approx(np.log(2), abs=1e-6)
     assert found["curve"] == {}
@@ -190,7 +191,7 @@ def test_a_judge_that_is_asked_in_both_orders_has_no_favourite_place(home):
 
 
 def test_the_policy_computes_as_it_is_told():
-    told = RewardConfig(attention="plain", remat="dots").align()
+    told = RewardConfig(attention="plain", remat="dots").drawing()
     assert (told.attention, told.remat) == ("plain", "dots")
 
 

@@ -4,8 +4,9 @@ import re
 import pytest
 from absl import flags
 
+from experiments.flags import define_flags, from_flags
 from tiltjax.ops.checks import check_choice
-from tiltjax.train.config import define_flags, field, from_flags, load_config, output_field, save_config, seed_field
+from tiltjax.train.config import field, load_config, output_field, save_config, seed_field
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,19 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import align, align_world, reward_model
+from experiments import align, reward_model
 from experiments.align_config import AlignConfig
-from experiments.align_fit import tune
-from experiments.align_online import improve
-from experiments.align_world import prepare
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
 from experiments.reward_model import RewardConfig
+from tiltjax.align import session as align_session
+from tiltjax.align.fit import tune
+from tiltjax.align.rounds import improve
+from tiltjax.align.session import prepare
 from tiltjax.data.candidates import load
 from tiltjax.models import pretrained
 from tiltjax.ops.collectives import pmean
 from tiltjax.samplers.continuous import decode_queue
 from tiltjax.train import checkpoint, distributed, metrics, rollout
-from tiltjax.train.config import from_flags
 from tiltjax.train.distributed import Hosts
 from tiltjax.train.loop import fit
 from tiltjax.train.sharding import batch_sharding, make_mesh, pmap_step
@@ -37,8 +38,8 @@ RECORD_MESH = "data:2,fsdp:2,tensor:2"
 @contextlib.contextmanager
 def shared_programs():
     """Worlds that draw and score alike do it by one program, which is traced and compiled once."""
-    makers = {name: functools.cache(getattr(align_world, name)) for name in ("make_sampler", "make_scorer")}
-    with mock.patch.multiple(align_world, **makers):
+    makers = {name: functools.cache(getattr(align_session, name)) for name in ("make_sampler", "make_scorer")}
+    with mock.patch.multiple(align_session, **makers):
         yield
 
 
@@ -49,9 +50,9 @@ def improved(config):
     """
     directory = pathlib.Path(f"{config.output}-record")
     told = dataclasses.replace(config, method="inpo", steps=8, output=str(directory), mesh=RECORD_MESH)
-    world = prepare(told, directory)
-    model = improve(world)
-    pretrained.save(model, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
+    session = prepare(told, directory, resume=told.resume)
+    model = improve(session)
+    pretrained.save(model, directory / "hf", tokenizer=session.tokenizer, overwrite=True)
     return directory
 
 
@@ -73,9 +74,9 @@ def adapted(config):
     """Where a policy lies whose adapters `jax.pmap` has fitted for two steps to the candidates of the run."""
     directory = pathlib.Path(f"{config.output}-adapted")
     told = dataclasses.replace(config, lora_rank=2, mapping="pmap", mesh="data:8", steps=2, resume=False)
-    world = prepare(told, directory)
-    model = tune(world, load(pathlib.Path(config.output) / "candidates" / "train.npz"))
-    pretrained.save(model, directory / "hf", tokenizer=world.tokenizer, overwrite=True)
+    session = prepare(told, directory)
+    model = tune(session, load(pathlib.Path(config.output) / "candidates" / "train.npz"))
+    pretrained.save(model, directory / "hf", tokenizer=session.tokenizer, overwrite=True)
     return directory
 
 
@@ -83,8 +84,8 @@ def drawn_one_at_a_time(config):
     """Candidates of the first held-out prompts, too few at a time for every device to have one."""
     directory = pathlib.Path(f"{config.output}-one")
     told = dataclasses.replace(config, output=str(directory), sample_batch=1, num_eval_prompts=6)
-    world = prepare(told, directory)
-    world.rollout("heldout", world.model, name="heldout")
+    session = prepare(told, directory)
+    session.rollout("heldout", session.model, name="heldout")
 
 
 def exchanged():

@@ -6,9 +6,9 @@ import sys
 
 import jax
 
+from experiments.flags import from_flags
 from experiments.launch import program, run_program
 from tiltjax.train import distributed
-from tiltjax.train.config import from_flags
 from tiltjax.train.distributed import Hosts
 
 

@@ -55,6 +55,7 @@ from .continuation import decode_continuation as decode_continuation
 from .continuation import encode_continuation as encode_continuation
 from .datasets import Row as Row
 from .datasets import hold_out as hold_out
+from .datasets import parse_rows as parse_rows
 from .datasets import prompt_identity as prompt_identity
 from .datasets import read as read
 from .datasets import with_columns as with_columns

@@ -6,7 +6,7 @@ What the columns mean is in `tiltjax.data.rows`.
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -25,6 +25,7 @@ __all__ = [
     "SupervisedRow",
     "UnpairedRow",
     "hold_out",
+    "parse_rows",
     "prompt_identity",
     "read",
     "with_columns",
@@ -72,9 +73,42 @@ def read(
     if limit is not None:
         check_at_least("limit", limit, 1)
     source = os.fspath(source)
+    records = iter(tqdm(open_source(source, split), desc=source, unit=" rows", delay=2, disable=None))
+    return parse_rows(records, kind, source=source, limit=limit, skip_bad=skip_bad, check=check)
+
+
+def parse_rows(
+    records: Iterable[tuple[str, Any]],
+    kind: str,
+    *,
+    source: str,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    check: Callable[[Any], None] | None = None,
+) -> list[Row]:
+    """Makes rows of one kind from records that are in memory.
+
+    Args:
+      records: ``(place, record)``: what messages call it, and column names with plain Python values.
+      kind: As for `read`.
+      source: What messages call all of them.
+      limit: As for `read`.
+      skip_bad: As for `read`.
+      check: As for `read`.
+
+    Returns:
+      At least one row.
+
+    Raises:
+      DataError: If a row is bad, with its place and the reason, or there is none.
+
+    Example:
+      >>> [row.prompt for row in parse_rows([("rows:1", {"prompt": "The sky"})], "prompt", source="rows")]
+      ['The sky']
+    """
     rows: list[Row] = []
     bad: list[DataError] = []
-    for place, record in tqdm(open_source(source, split), desc=source, unit=" rows", delay=2, disable=None):
+    for place, record in records:
         try:
             rows.append(_row(place, record, kind, check))
         except DataError as error:

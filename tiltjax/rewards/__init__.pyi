@@ -36,6 +36,7 @@ from .puzzles import puzzle_reward as puzzle_reward
 from .puzzles import puzzle_rows as puzzle_rows
 from .puzzles import puzzle_tasks as puzzle_tasks
 from .registry import SHIPPED as SHIPPED
+from .registry import function_code as function_code
 from .registry import load_object as load_object
 from .registry import load_reward as load_reward
 from .registry import object_code as object_code

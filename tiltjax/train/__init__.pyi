@@ -30,11 +30,11 @@ from .checkpoint import latest as latest
 from .checkpoint import restore as restore
 from .checkpoint import save as save
 from .config import check_fields as check_fields
-from .config import define_flags as define_flags
 from .config import field as field
-from .config import from_flags as from_flags
 from .config import load_config as load_config
+from .config import make_config as make_config
 from .config import output_field as output_field
+from .config import refield as refield
 from .config import save_config as save_config
 from .config import seed_field as seed_field
 from .config import write_text as write_text

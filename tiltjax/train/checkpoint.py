@@ -63,13 +63,14 @@ class Saver:
     next one begins or the context ends, so that hosts meet at the same place of the program.
 
     Args:
-      directory: Of all checkpoints of a run.
+      directory: Of all checkpoints of a run; None keeps none.
       keep: How many of the newest checkpoints stay.
       fingerprint: Of the run.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, fingerprint: str = ""):
-        self._root, self._keep, self._fingerprint = pathlib.Path(directory).absolute(), keep, fingerprint
+    def __init__(self, directory: str | os.PathLike | None, *, keep: int = 2, fingerprint: str = ""):
+        self._root = None if directory is None else pathlib.Path(directory).absolute()
+        self._keep, self._fingerprint = keep, fingerprint
         self._thread = futures.ThreadPoolExecutor(1)
         self._pending: Callable[[], pathlib.Path] | None = None
 
@@ -97,6 +98,8 @@ class Saver:
         several = jax.process_count() > 1
         if several:
             distributed.together(after)
+        if self._root is None:
+            return
         # The arrays of a CPU are read where they lie, and the next step may overwrite them.
         begun = _begin(self._root, step, copied(tree) if jax.default_backend() == "cpu" else tree)
         finish = functools.partial(_finish, begun, self._keep, self._fingerprint)

@@ -1,4 +1,4 @@
-"""A run's configuration: one frozen dataclass, its absl flags, its file."""
+"""Settings: frozen dataclasses whose fields know their help text, their checks and their file."""
 
 import contextlib
 import dataclasses
@@ -10,18 +10,16 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
-from absl import flags
-
 from tiltjax.files import naming
 from tiltjax.ops.checks import check_choice
 
 __all__ = [
     "check_fields",
-    "define_flags",
     "field",
-    "from_flags",
     "load_config",
+    "make_config",
     "output_field",
+    "refield",
     "save_config",
     "seed_field",
     "write_text",
@@ -31,8 +29,6 @@ ConfigT = TypeVar("ConfigT")
 
 _SEEDS = 1 << 64
 _NOUNS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
-
-flags.disclaim_key_flags()  # A flag belongs to the experiment that asks for it, so that its --help lists it.
 
 
 def field(
@@ -58,6 +54,22 @@ def field(
     """
     metadata = {"help": help, "choices": choices, "check": check, "code": code}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def refield(owner: type, name: str, default: Any, help: str | None = None) -> Any:  # noqa: A002
+    """A field of a base class with another default, and another text where it means something else there.
+
+    Args:
+      owner: The base class, a dataclass whose fields were made by `field`.
+      name: Of its field.
+      default: As for `field`.
+      help: As for `field`; None keeps the text.
+
+    Returns:
+      A `dataclasses.field`.
+    """
+    item = next(item for item in dataclasses.fields(cast(Any, owner)) if item.name == name)
+    return dataclasses.field(default=default, metadata={**item.metadata, "help": help or item.metadata["help"]})
 
 
 def seed_field(help: str = "Root of all randomness, from 0 to 2**64 - 1.") -> Any:  # noqa: A002
@@ -93,45 +105,6 @@ def output_field(default: str, help: str = "Directory of the run; nothing is wri
             raise ValueError(f"{name} must name a path, got {value!r} (the current directory is --{name}=.)")
 
     return field(default, help, check=check)
-
-
-def define_flags(config_class: type, flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines one absl flag per field; call once at import of an experiment, read with `from_flags` in ``main``.
-
-    Args:
-      config_class: A dataclass whose fields were made by `field`.
-      flag_values: Where they are defined.
-    """
-    for item in dataclasses.fields(config_class):
-        text, choices = item.metadata["help"], item.metadata["choices"]
-        default: Any = item.default
-        define: Any = flags.DEFINE_string
-        if choices:  # Not DEFINE_enum, which answers a typing error with all choices.
-            text = f"<{'|'.join(choices)}>: {text}"
-        elif isinstance(default, bool):
-            define = flags.DEFINE_bool
-        elif isinstance(default, int):
-            define = flags.DEFINE_integer
-        elif isinstance(default, float) or default is None:
-            define = flags.DEFINE_float
-        define(item.name, default, text, flag_values=flag_values)
-
-
-def from_flags(config_class: type[ConfigT], flag_values: flags.FlagValues = flags.FLAGS) -> ConfigT:
-    """The dataclass that the parsed flags say; the only place that reads them.
-
-    Args:
-      config_class: What `define_flags` was called with.
-      flag_values: Likewise.
-
-    Returns:
-      An instance.
-
-    Raises:
-      ValueError: If a value is not allowed; one line that names the field.
-    """
-    values = {item.name: flag_values[item.name].value for item in dataclasses.fields(cast(Any, config_class))}
-    return _made(config_class, values)
 
 
 def save_config(config: Any, path: str | os.PathLike) -> None:
@@ -174,22 +147,40 @@ def load_config(config_class: type[ConfigT], path: str | os.PathLike, *, like: C
             value = values.get(item.name)
             if item.metadata.get("code") and ":" in str(value) and value != getattr(like, item.name, None):
                 raise ValueError(f"{item.name} names code to run, {_shown(value)}, and the flags do not")
-        return _made(config_class, values)
+        return make_config(config_class, values)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a configuration of this experiment ({error})") from None
 
 
 def check_fields(config: Any) -> None:
-    """Raises ValueError unless every field has its type, is finite, and is one of its choices; call it before others.
+    """Checks the type, the finiteness and the choices of every field; call it first in ``__post_init__``.
+
+    An integer in a field of floats becomes a float, so that 1 and 1.0 are the same settings.
 
     Args:
-      config: An instance of a dataclass whose fields were made by `field`.
+      config: An instance of a frozen dataclass whose fields were made by `field`.
+
+    Raises:
+      ValueError: If a value is not allowed; one line that names the field.
     """
-    _checked(type(config), {item.name: getattr(config, item.name) for item in dataclasses.fields(config)})
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    for name, value in _checked(type(config), values).items():
+        object.__setattr__(config, name, value)
 
 
-def _made(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Checked before it is made: what ``__post_init__`` computes with must have its type."""
+def make_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Makes settings from values that are checked first: what ``__post_init__`` computes with must have its type.
+
+    Args:
+      config_class: A dataclass whose fields were made by `field`.
+      values: Field -> value.
+
+    Returns:
+      An instance.
+
+    Raises:
+      ValueError: If a value is not allowed; one line that names the field.
+    """
     return config_class(**_checked(config_class, values))
 
 

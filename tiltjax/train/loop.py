@@ -22,7 +22,7 @@ def fit(
     step_fn: Callable,
     key: PRNGKey,
     num_steps: int,
-    directory: str | os.PathLike,
+    directory: str | os.PathLike | None = None,
     frozen: Params = None,
     resume: bool = False,
     checkpoint_every: int = 50,
@@ -43,9 +43,9 @@ def fit(
       step_fn: ``(state, batch, key, frozen) -> (state, scalars)``, jitted; may donate the state.
       key: Root key of the run.
       num_steps: Steps in all.
-      directory: Of the run; checkpoints go into ``checkpoints/``.
+      directory: Of the run; checkpoints go into ``checkpoints/``. None writes nothing.
       frozen: Handed to every step.
-      resume: Whether to go on from the newest whole checkpoint, if there is one.
+      resume: Whether to go on from the newest whole checkpoint of the directory, if there is one.
       checkpoint_every: Steps between checkpoints; the last step always writes one.
       fingerprint: Of the run: a checkpoint of another one is refused.
       progress: Whether to show a progress bar.
@@ -58,9 +58,11 @@ def fit(
       ValueError: If the checkpoint to go on from is of another run.
       OSError: If a file cannot be written.
     """
-    folder = os.path.join(directory, "checkpoints")
-    start = (checkpoint.latest(folder, fingerprint=fingerprint) if resume else None) or 0
-    if start:
+    folder = None if directory is None else os.path.join(directory, "checkpoints")
+    start = 0
+    if folder is not None and resume:
+        start = checkpoint.latest(folder, fingerprint=fingerprint) or 0
+    if folder is not None and start:
         state = checkpoint.restore(folder, start, state)
     steps = tqdm(range(start, num_steps), initial=start, total=num_steps, desc="fit", unit="step",
                  disable=not (progress and distributed.is_main()))  # fmt: skip

@@ -98,12 +98,14 @@ class Journal:
     With several hosts all of them make one, and write the same lines. Where the files cannot be opened, none has one.
 
     Args:
-      directory: As for `MetricsWriter`.
-      resume_step: Likewise.
+      directory: As for `MetricsWriter`; None writes no file, and lines that are not finite are refused all the same.
+      resume_step: As for `MetricsWriter`.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, resume_step: int | None = None):
-        self._writer = distributed.by_main(lambda: MetricsWriter(directory, resume_step=resume_step))
+    def __init__(self, directory: str | os.PathLike | None, *, resume_step: int | None = None):
+        self._writer: MetricsWriter | None = None
+        if directory is not None:
+            self._writer = distributed.by_main(lambda: MetricsWriter(directory, resume_step=resume_step))
         self._clerk = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import align_given, align_world, reward_world
+from experiments import reward_world
 from experiments.align_config import AlignConfig
+from tiltjax.align import inputs as align_inputs
+from tiltjax.align import session as align_session
 from tiltjax.data import text
 from tiltjax.data.datasets import PromptRow, read
 from tiltjax.data.limits import Limits, limit
@@ -58,7 +60,7 @@ def test_a_prompt_with_a_token_beyond_the_policy_is_refused(tmp_path):
     config = settings("token-beyond-vocabulary")
     message = r"prompts\.jsonl:1: prompt has the token '<answer>' of id 264, but the model's vocab_size is 264$"
     with pytest.raises(ValueError, match=message):
-        align_world.prepare(config, tmp_path)
+        align_session.prepare(config, tmp_path)
 
 
 @pytest.mark.robustness(
@@ -74,8 +76,8 @@ def test_a_token_beyond_any_model_is_refused(tmp_path, reward_model):
     given = {"policy": str(policy), "prompts": f"{tmp_path}/told.jsonl"}
     for changes in ({"method": "sft", "demonstrations": "told"}, {"method": "ppo_ptx", "corpus": given["prompts"]}):
         with pytest.raises(ValueError, match=beyond):
-            align_world.prepare(AlignConfig(**SETTINGS | given | changes), tmp_path)
-    limited = align_world.prepare(settings("token-beyond-vocabulary", prompts="reviews"), tmp_path).tokenizer
+            align_session.prepare(AlignConfig(**SETTINGS | given | changes), tmp_path)
+    limited = align_session.prepare(settings("token-beyond-vocabulary", prompts="reviews"), tmp_path).tokenizer
     compare = reward_world.judge(str(policy), settings("tools-column"), criterion="is best", batch_size=2)
     with pytest.raises(ValueError, match=beyond):
         compare(["a"], ["b"], ["<answer>"])
@@ -94,9 +96,11 @@ def test_a_token_beyond_any_model_is_refused(tmp_path, reward_model):
 
 @pytest.mark.robustness("Text", given="prompts with a column of tools", outcome="the policy reads them")
 def test_the_policy_reads_the_tools_of_a_row(tmp_path):
-    world = align_world.prepare(settings("tools-column"), tmp_path)
-    ids = world.encode(world.rows["train"])
-    assert world.tokenizer.decode(ids[0]).startswith("<|im_start|>system\nTools: weather<|im_end|>\n<|im_start|>user\n")
+    session = align_session.prepare(settings("tools-column"), tmp_path)
+    ids = session.encode(session.rows["train"])
+    assert session.tokenizer.decode(ids[0]).startswith(
+        "<|im_start|>system\nTools: weather<|im_end|>\n<|im_start|>user\n"
+    )
 
 
 @pytest.mark.robustness(
@@ -110,7 +114,7 @@ def test_a_reward_model_reads_a_conversation_as_in_training(conversations, rewar
     trained = learned_reward.encode(tokenizer, [row.prompt for row in rows], said, templates=[r.template for r in rows])
     expected = learned_reward.reward_all(model, trained, scorer=make_reward(LOCAL), batch_size=3) - 0.25
     reward = learned_reward.load_reward_model(reward_model, compute_dtype="float32")
-    found = align_world.score_rows(reward, rows, said)
+    found = align_session.score_rows(reward, rows, said)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     last = [text.prompt_text(row.prompt) for row in rows for _ in range(2)]
     alone = score(reward, last, [one for group in said for one in group])
@@ -120,7 +124,9 @@ def test_a_reward_model_reads_a_conversation_as_in_training(conversations, rewar
     again = learned_reward.encode(tokenizer, [row.prompt for row in rows], pair)
     jax.tree.map(np.testing.assert_array_equal, again, trained)
     tools = [dataclasses.replace(row, columns={"tools": [{"function": {"name": "f"}}]}) for row in rows]
-    np.testing.assert_allclose(align_world.score_rows(reward, tools, said), found, atol=1e-6)  # Its template has none.
+    np.testing.assert_allclose(
+        align_session.score_rows(reward, tools, said), found, atol=1e-6
+    )  # Its template has none.
 
 
 @pytest.mark.robustness(
@@ -131,7 +137,7 @@ def test_a_reward_function_can_ask_for_the_conversation(conversations):
         assert [messages[-1]["content"] for messages in prompt] == prompts
         return [len(messages) for messages in prompt]
 
-    assert align_world.score_rows(turns, conversations[:2], [["a", "b"], ["c", "d"]]).tolist() == [[4, 4], [4, 4]]
+    assert align_session.score_rows(turns, conversations[:2], [["a", "b"], ["c", "d"]]).tolist() == [[4, 4], [4, 4]]
     assert score(lambda prompts, completions, prompt: [len(p) for p in prompt], ["abc"], ["x"]).tolist() == [3]
 
 
@@ -142,12 +148,12 @@ def test_a_judge_reads_every_turn(conversations):
         shown.extend(prompts)
         return np.zeros(len(prompts))
 
-    world = types.SimpleNamespace(
+    session = types.SimpleNamespace(
         tokenizer=text.load_tokenizer(CASES / "policy"), rows={"train": conversations[:2]}, model=None,
-        config=settings("policy"), rollout=lambda *_, **__: (drawn, [["a", "b"]] * 2),
+        settings=settings("policy"), rollout=lambda *_, **__: (drawn, [["a", "b"]] * 2),
     )  # fmt: skip
     drawn = types.SimpleNamespace(reward=np.zeros((2, 2)))
-    reward_world.drawn_split(world, "train", RewardSpec(kind="global"), scale=1.0, compare=compare)
+    reward_world.drawn_split(session, "train", RewardSpec(kind="global"), scale=1.0, compare=compare)
     assert shown[0] == "system: Answer in one word.\n\nuser: Say red.\n\nassistant: No.\n\nuser: Please, 0."
 
 
@@ -161,7 +167,7 @@ def test_a_reward_sees_the_tags_that_a_model_wrote():
     for i, row in enumerate(ids):
         tokens[0, i, : len(row)], mask[0, i, : len(row)] = row, True
     said = text.decode_completions(tokenizer, tokens, mask)
-    rewards = align_world.score_rows(module.thinks, [PromptRow(prompt="q", columns={})], said)
+    rewards = align_session.score_rows(module.thinks, [PromptRow(prompt="q", columns={})], said)
     assert rewards.tolist() == [[1.0, 0.0]]
 
 
@@ -172,7 +178,7 @@ def test_demonstrations_with_thoughts_are_learned_behind_an_open_tag():
     )
     tokenizer = text.load_tokenizer(case / "policy")
     rows = [PromptRow(prompt=row.prompt, columns=row.columns) for row in read(case / "told.jsonl", "supervised")]
-    given = align_given.load_given(config, get_method("sft"), rows, tokenizer)
+    given = align_inputs.load_inputs(config, get_method("sft"), rows, tokenizer)
     assert tokenizer.decode(given.demonstrations[0][0]) == "one more\n</think>1<|im_end|>"
 
 

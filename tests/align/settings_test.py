@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from experiments import launch
-from experiments.align_config import UNTRAINED, AlignConfig, resolved
+from experiments.align_config import AlignConfig
 from experiments.online import OnlineConfig
+from tiltjax.align.settings import UNTRAINED
 from tiltjax.train import methods
 from tiltjax.train.config import load_config, save_config
 
@@ -48,12 +49,12 @@ def test_beta_0_is_legal_where_the_method_allows_it(method):
 def test_what_is_said_counts_and_is_printed():
     config = of("sppo", beta=0.4, learning_rate=1e-3, report_beta=0.2)
     assert (config.beta, config.learning_rate, config.report_beta) == (0.4, 1e-3, 0.2)
-    assert resolved(config) == (
+    assert config.describe() == (
         "sppo: beta 0.4 (published 0.004; 0.1 in win rates), learning rate 0.001 (published 5e-07 for all parameters), "
         "adapters of rank 16; the report counts at beta 0.2"
     )
     assert "--beta=0.4 --report_beta=0.2" in launch.command("align", config)
-    assert resolved(of("tilted_mle", lora_rank=0)) == (
+    assert of("tilted_mle", lora_rank=0).describe() == (
         "tilted_mle: beta 0.1 (published 0.1), learning rate 5e-05, all parameters; the report counts at beta 0.1"
     )
     with pytest.raises(ValueError, match="report_beta must be a finite number above 0, got 0"):

@@ -7,10 +7,14 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import align, align_given, align_law, align_world
+from experiments import align
 from experiments.align_config import AlignConfig
 from experiments.online import OnlineConfig
 from experiments.reward_model import RewardConfig
+from tiltjax.align import inputs as align_inputs
+from tiltjax.align import law as align_law
+from tiltjax.align import session as align_session
+from tiltjax.align.sources import prompt_rows
 from tiltjax.data import candidates as batches
 from tiltjax.data import text
 from tiltjax.train import methods
@@ -36,8 +40,8 @@ def case(name, output, **changes):
 def test_a_turn_ends_where_the_model_ends_it(tmp_path):
     folder = CASES / "turn-end-token"
     config = case("turn-end-token", tmp_path, prompts=str(folder / "prompts.jsonl"))
-    world = align_world.prepare(config, tmp_path)
-    drawn, _ = world.rollout("train", world.model, name="train")
+    session = align_session.prepare(config, tmp_path)
+    drawn, _ = session.rollout("train", session.model, name="train")
     assert drawn.completion_mask.sum(-1).mean() < 2
     ends = text.end_ids(text.load_tokenizer(folder / "policy"))
     last = np.take_along_axis(drawn.completion, drawn.completion_mask.sum(-1, keepdims=True) - 1, axis=-1)[..., 0]
@@ -77,10 +81,10 @@ def test_what_is_cut_is_counted_and_taught_without_an_end(tmp_path, caplog, flag
     told = CASES / "long-demonstration" / "told.jsonl"
     method = "sft" if flag == "demonstrations" else "ppo_ptx"
     config = case("long-demonstration", tmp_path, prompts=str(told), method=method, **{flag: str(told)})
-    rows = align_world.prompt_rows(config.prompts, 12, seed=0)[:8]
+    rows = prompt_rows(config.prompts, 12, seed=0)[:8]
     tokenizer = text.load_tokenizer(config.policy)
     with caplog.at_level(logging.WARNING):
-        given = align_given.load_given(config, methods.METHODS[method], rows, tokenizer)
+        given = align_inputs.load_inputs(config, methods.METHODS[method], rows, tokenizer)
     number = "4 of 8" if flag == "demonstrations" else "8 of 16"
     message = f"{flag}: {number} completions have more than max_tokens=12 tokens, the longest 61"
     assert message in caplog.text
@@ -128,7 +132,7 @@ def test_laws_that_cannot_be_are_refused(flags, message):
         AlignConfig(**flags)
     if "method" not in flags:
         with pytest.raises(ValueError, match=message):
-            RewardConfig(**flags).align()
+            RewardConfig(**flags).drawing()
         with pytest.raises(ValueError, match=message):
             OnlineConfig(**flags)
 
@@ -141,7 +145,7 @@ def test_temperatures_are_the_records_where_nothing_is_said():
     assert (own.temperature, own.eval_temperature) == (0.5, 1.0)
     online = OnlineConfig(temperature=0.7, top_p=0.9, mask_truncated=True)
     task, method = online.align("puzzles", ""), online.align("puzzles", "grpo")
-    assert align_law.described(task) == align_law.described(method) == "temperature 0.7, top-p 0.9"
+    assert task.describe_law() == method.describe_law() == "temperature 0.7, top-p 0.9"
     assert (method.mask_truncated, method.eval_temperature) == (True, 0.7)
-    law = align_law.law(RewardConfig(top_k=3, eval_temperature=0.5).align(), evaluation=True)
+    law = RewardConfig(top_k=3, eval_temperature=0.5).drawing().law(evaluation=True)
     assert law == {"temperature": 0.5, "top_k": 3, "top_p": None}

@@ -1,7 +1,6 @@
-"""What a record of `experiments.align` may need besides prompts and a reward: demonstrations, a corpus, a cost, votes.
+"""What a record may need besides prompts and a reward: demonstrations, a corpus, a cost.
 
-`NEEDS` says which flag a record cannot do without, `load_given` reads what they name, `feedback` is everything that is
-found out about drawn candidates.
+`tiltjax.align.settings.NEEDS` says which setting a record cannot do without; `load_inputs` reads what they name.
 """
 
 import dataclasses
@@ -13,45 +12,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.align_law import report_cut
+from tiltjax.align.law import report_cut
+from tiltjax.align.settings import NEEDS, Settings
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates, alike, pad, supervised, take
 from tiltjax.data.datasets import DataError, read, with_columns
 from tiltjax.data.rows import parse_row
 from tiltjax.rewards.gate import required_columns
-from tiltjax.rewards.internal import cluster_answers
 from tiltjax.rewards.registry import load_reward, reward_code
-from tiltjax.rewards.verifiers import as_number, extract_answer
 from tiltjax.train.learned_reward import LearnedReward, load_reward_model
 from tiltjax.train.method import Feedback, Method
 from tiltjax.types import Array, Bool, Int, PRNGKey
 
 __all__ = [
     "LEARNED",
-    "NEEDS",
-    "Given",
-    "answer_ids",
-    "feedback",
+    "Inputs",
     "load_cost",
-    "load_given",
+    "load_inputs",
     "needed_columns",
-    "read_given",
+    "read_inputs",
 ]
 
 LEARNED = "model:"
 """Before the directory of a reward model of `experiments.reward_model`."""
 
-NEEDS: dict[str, Callable[[Method], bool]] = {
-    "demonstrations": lambda record: "data" in record.sources,
-    "corpus": lambda record: "corpus" in record.sources,
-    "cost": lambda record: record.constrained,
-}
-"""Flag -> whether a record needs it."""
-
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-    """What the flags of `NEEDS` name.
+class Inputs:
+    """What the settings of `tiltjax.align.settings.NEEDS` name.
 
     Attributes:
       demonstrations: Token ids of the demonstrations of every training prompt, or None.
@@ -136,55 +124,55 @@ class Given:
         return batch, jax.tree.map(lambda x: both(x, np.zeros_like(x)), told)
 
 
-def read_given(config: Any, record: Method | None, rows: Sequence[Any]) -> dict[str, Any]:
+def read_inputs(settings: Settings, record: Method | None, rows: Sequence[Any]) -> dict[str, Any]:
     """The texts of what the record needs; nothing else is opened.
 
     Args:
-      config: Of `experiments.align`.
+      settings: Of the session.
       record: None for a method that is no record.
       rows: The training prompts.
 
     Returns:
-      Flag of `NEEDS` -> the demonstrations of every prompt, or the rows of the corpus.
+      Setting -> the demonstrations of every prompt, or the rows of the corpus.
 
     Raises:
       ValueError: In one line, if a demonstration or a column is missing, or a row is bad.
       OSError: If there is no such file.
     """
     wanted = _wanted(record)
-    with_columns(rows, needed_columns(config, record, rows), source=config.prompts)
+    with_columns(rows, needed_columns(settings, record, rows), source=settings.prompts)
     found: dict[str, Any] = {}
     if "demonstrations" in wanted:
-        found["demonstrations"] = _demonstrations(config, rows)
+        found["demonstrations"] = _demonstrations(settings, rows)
     if "corpus" in wanted:
-        found["corpus"] = read(config.corpus, "supervised", skip_bad=config.skip_bad_rows)
+        found["corpus"] = read(settings.corpus, "supervised", skip_bad=settings.skip_bad_rows)
     return found
 
 
-def load_given(
-    config: Any,
+def load_inputs(
+    settings: Settings,
     record: Method | None,
     rows: Sequence[Any],
     tokenizer: text.Tokenizer,
     texts: dict[str, Any] | None = None,
-) -> Given:
+) -> Inputs:
     """What the record needs, as tokens and as functions.
 
     Args:
-      config: Of `experiments.align`.
+      settings: Of the session.
       record: None for a method that is no record.
       rows: The training prompts.
       tokenizer: Of the policy.
-      texts: From `read_given`; None reads them.
+      texts: From `read_inputs`; None reads them.
 
     Returns:
-      `Given`.
+      `Inputs`.
 
     Raises:
       ValueError: In one line, if a demonstration or a column is missing, or a model is not one of a cost.
       OSError: If there is no such file.
     """
-    texts = read_given(config, record, rows) if texts is None else texts
+    texts = read_inputs(settings, record, rows) if texts is None else texts
     found: dict[str, Any] = {}
     parts: list[str] = []
     if "demonstrations" in texts:
@@ -194,7 +182,7 @@ def load_given(
         places = [row.place for row, group in zip(rows, told, strict=True) for _ in group]
         options: dict[str, Any] = {"prompts": prompts, "templates": templates, "places": places}
         both = text.encode_completions_masked(tokenizer, [one for group in told for one in group], **options)
-        report_cut("demonstrations", both[0], config.max_tokens, masked=config.mask_truncated)
+        report_cut("demonstrations", both[0], settings.max_tokens, masked=settings.mask_truncated)
         ends = np.cumsum([len(group) for group in told]).tolist()
         found["demonstrations"], learned = (
             [flat[end - len(group) : end] for end, group in zip(ends, told, strict=True)] for flat in both
@@ -202,24 +190,26 @@ def load_given(
         found["learned"] = None if all(all(bools) for bools in both[1]) else learned
         parts.append(repr(told))
     if "corpus" in texts:
-        found["corpus"] = _corpus(config, texts["corpus"], tokenizer)
+        found["corpus"] = _corpus(settings, texts["corpus"], tokenizer)
         parts.append(hashlib.sha256(found["corpus"].completion.tobytes()).hexdigest())
     if "cost" in _wanted(record):
-        cost = found["cost"] = load_cost(config.cost, None if config.compute_dtype == "auto" else config.compute_dtype)
-        parts.append(getattr(cost, "fingerprint", "") or f"{config.cost} {reward_code(config.cost)}")
+        cost = found["cost"] = load_cost(
+            settings.cost, None if settings.compute_dtype == "auto" else settings.compute_dtype
+        )
+        parts.append(getattr(cost, "fingerprint", "") or f"{settings.cost} {reward_code(settings.cost)}")
     print_ = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else ""
-    return Given(fingerprint=print_, **found)
+    return Inputs(fingerprint=print_, **found)
 
 
 def _wanted(record: Method | None) -> list[str]:
     return [] if record is None else [name for name, needs in NEEDS.items() if needs(record)]
 
 
-def needed_columns(config: Any, record: Method | None, rows: Sequence[Any]) -> dict[str, str]:
+def needed_columns(settings: Settings, record: Method | None, rows: Sequence[Any]) -> dict[str, str]:
     """Columns that every prompt must have for what the record is given, and what needs them.
 
     Args:
-      config: Of `experiments.align`.
+      settings: Of the session.
       record: None for a method that is no record.
       rows: Prompts, to know whether the demonstrations are a column of them.
 
@@ -228,10 +218,10 @@ def needed_columns(config: Any, record: Method | None, rows: Sequence[Any]) -> d
     """
     wanted = _wanted(record)
     needs: dict[str, str] = {}
-    if "cost" in wanted and not config.cost.startswith(LEARNED):
-        needs |= dict.fromkeys(required_columns(load_reward(config.cost)), f"cost {config.cost!r}")
-    if "demonstrations" in wanted and _is_column(config.demonstrations, rows):
-        needs[config.demonstrations] = "--demonstrations"
+    if "cost" in wanted and not settings.cost.startswith(LEARNED):
+        needs |= dict.fromkeys(required_columns(load_reward(settings.cost)), f"cost {settings.cost!r}")
+    if "demonstrations" in wanted and _is_column(settings.demonstrations, rows):
+        needs[settings.demonstrations] = "--demonstrations"
     return needs
 
 
@@ -239,18 +229,18 @@ def _is_column(name: str, rows: Sequence[Any]) -> bool:
     return any(name in row.columns for row in rows)
 
 
-def _demonstrations(config: Any, rows: Sequence[Any]) -> list[list[text.Text]]:
+def _demonstrations(settings: Settings, rows: Sequence[Any]) -> list[list[text.Text]]:
     """Of every training prompt: from a column of the prompts, or from a file by its prompts."""
-    source = config.demonstrations
+    source = settings.demonstrations
     if _is_column(source, rows):
         return [[_told(row, source)] for row in rows]
     known: dict[str, list] = {}
     try:
-        said: list[Any] = read(source, "supervised", skip_bad=config.skip_bad_rows)
+        said: list[Any] = read(source, "supervised", skip_bad=settings.skip_bad_rows)
     except FileNotFoundError as error:
         columns = ", ".join(sorted({name for row in rows for name in row.columns})) or "none"
         raise ValueError(
-            f"demonstrations must be a column of {config.prompts} ({columns}) or a file, got {source!r}: {error}"
+            f"demonstrations must be a column of {settings.prompts} ({columns}) or a file, got {source!r}: {error}"
         ) from None
     for row in said:
         known.setdefault(json.dumps(row.prompt), []).append(row.completion)
@@ -273,20 +263,20 @@ def _told(row: Any, column: str) -> text.Text:
     return told.completion
 
 
-def _corpus(config: Any, rows: Sequence[Any], tokenizer: text.Tokenizer) -> Candidates:
+def _corpus(settings: Settings, rows: Sequence[Any], tokenizer: text.Tokenizer) -> Candidates:
     """A completion for each of its own prompts; text without one follows BOS, or EOS where the tokenizer has no BOS."""
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else text.eos_id(tokenizer)]
     asked = [row for row in rows if row.prompt]
     options: dict[str, Any] = {"templates": [row.template for row in asked], "places": [row.place for row in asked]}
     encoded = iter(
-        text.encode_prompts(tokenizer, [row.prompt for row in asked], max_tokens=config.max_tokens, **options)
+        text.encode_prompts(tokenizer, [row.prompt for row in asked], max_tokens=settings.max_tokens, **options)
     )
     prompts = [next(encoded) if row.prompt else start for row in rows]
     options = {"prompts": [row.prompt for row in rows], "templates": [row.template for row in rows]}
     options["places"] = [row.place for row in rows]
     said, learned = text.encode_completions_masked(tokenizer, [row.completion for row in rows], **options)
-    report_cut("corpus", said, config.max_tokens, masked=config.mask_truncated)
-    options = {"pad_id": text.pad_id(tokenizer), "completion_length": config.max_tokens, "loss_mask": learned}
+    report_cut("corpus", said, settings.max_tokens, masked=settings.mask_truncated)
+    options = {"pad_id": text.pad_id(tokenizer), "completion_length": settings.max_tokens, "loss_mask": learned}
     return supervised(prompts, said, truncate=True, **options)
 
 
@@ -321,57 +311,6 @@ class _LearnedCost:
     ) -> list[float]:
         rewards = self.model(prompts, completions, prompt, tools, chat_template_kwargs)
         return [-(reward + self.model.spec.offset) for reward in rewards]
-
-
-def feedback(world: Any, record: Method, rows: Int[Array, " B"], drawn: Candidates) -> Feedback:
-    """Everything that the record learns about candidates of the training prompts ``rows``, in NumPy.
-
-    The reward is always there: what does not learn from it is measured by it. What the candidates have as their reward
-    is not asked again.
-    """
-    config, prompts, texts = world.config, [world.rows["train"][i] for i in rows], world.texts(drawn)
-    reward = np.float32(world.score(prompts, texts) if drawn.reward is None else drawn.reward)
-    told: dict[str, Any] = {}
-    if record.constrained:
-        judge = dataclasses.replace(
-            world, reward=world.given.cost, config=dataclasses.replace(config, reward=config.cost)
-        )
-        told["cost"] = np.float32(judge.score(prompts, texts))
-    if config.desirable_above is not None:
-        told["correct"] = reward > config.desirable_above
-    if record.feedback == "vote":
-        told["answer"] = answer_ids(prompts, texts)
-    return Feedback(reward=reward, **told)
-
-
-def answer_ids(rows: Sequence[Any], texts: Sequence[Sequence[str]]) -> Int[np.ndarray, "B N"]:
-    """Which candidates of a prompt give the same answer, -1 where there is none.
-
-    The answer is found by the rule of `tiltjax.rewards.verifiers`. Where the rows have a column "answer", its form
-    alone is used: that it is a number, how many lines it has.
-
-    Args:
-      rows: B prompt rows.
-      texts: N completions of each.
-
-    Returns:
-      Ids, counted per prompt.
-    """
-
-    def group(row: Any, said: Sequence[str]) -> np.ndarray:
-        gold = row.columns.get("answer")
-        gold = None if gold is None else str(gold)
-        found: list[str | None] = [extract_answer(one, gold) for one in said]
-        if gold is not None and as_number(gold) is not None:
-            found = [one if one is not None and as_number(one) is not None else None for one in found]
-        return cluster_answers(found, equivalent=_same)
-
-    return np.stack([group(row, said) for row, said in zip(rows, texts, strict=True)])
-
-
-def _same(one: str, other: str) -> bool:
-    value = as_number(one)
-    return value == as_number(other) if value is not None else one.casefold().split() == other.casefold().split()
 
 
 def _generator(key: PRNGKey) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""`experiments.align` by a record of `tiltjax.train.methods`: rounds of candidates, rewards from the host, and fits."""
+"""How a record learns in rounds: fresh candidates, rewards from the host, and a fit in each."""
 
 import dataclasses
 import functools
@@ -12,11 +12,12 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from experiments.align_config import AlignConfig, record_of
-from experiments.align_fit import adapters, fingerprint_of, optimizer, whole
-from experiments.align_given import NEEDS, feedback, load_given
-from experiments.align_law import law, share_cut
-from experiments.align_world import World
+from tiltjax.align.feedback import feedback
+from tiltjax.align.fit import adapters, fingerprint_of, optimizer, schedule_of, whole
+from tiltjax.align.inputs import load_inputs
+from tiltjax.align.law import share_cut
+from tiltjax.align.session import Session
+from tiltjax.align.settings import NEEDS, Settings
 from tiltjax.data import text
 from tiltjax.data.candidates import Candidates, concatenate, pad, take, without_truncated
 from tiltjax.data.pipeline import epoch_batches
@@ -34,46 +35,47 @@ from tiltjax.types import Array, Bool, Int, Params, PRNGKey
 __all__ = ["improve"]
 
 
-def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = None) -> Transformer:
+def improve(session: Session, *, watch: Callable[[int, Transformer], None] | None = None) -> Transformer:
     """Plays all rounds; returns the policy with adapters merged and without critics.
 
     A round is a function of its number and of the players before it, which are the checkpoint: a run that is killed and
     resumed ends with the same bits. With several hosts all of them call this.
 
     Args:
-      world: Of `experiments.align_world.prepare`.
+      session: Of the run.
       watch: Called with the number of rounds played and the policy, before each checkpoint is written: once more for
         the same round if the run is killed in between.
 
     Returns:
       The policy after the last round.
     """
-    config, mesh = world.config, world.mesh
-    record = record_of(config)
+    settings, mesh = session.settings, session.mesh
+    record = settings.record
     assert record is not None
-    if any(needs(record) and getattr(world.given, name) is None for name, needs in NEEDS.items()):
-        world = dataclasses.replace(world, given=load_given(config, record, world.rows["train"], world.tokenizer))
-    count = record.rounds or config.steps
-    tx = optimizer(config, epochs=record.epochs)
-    (players, frozen), first = _players(world, record, tx), 0
-    folder, fingerprint = world.directory / "checkpoints", fingerprint_of(world)
-    if config.resume and (first := checkpoint.latest(folder, fingerprint=fingerprint) or 0):
+    if any(needs(record) and getattr(session.inputs, name) is None for name, needs in NEEDS.items()):
+        inputs = load_inputs(settings, record, session.rows["train"], session.tokenizer)
+        session = dataclasses.replace(session, inputs=inputs)
+    count = record.rounds or settings.steps
+    tx = optimizer(**schedule_of(settings), epochs=record.epochs)
+    (players, frozen), first = _players(session, record, tx), 0
+    folder, fingerprint = session.directory and session.directory / "checkpoints", fingerprint_of(session)
+    if folder and session.resume and (first := checkpoint.latest(folder, fingerprint=fingerprint) or 0):
         players = checkpoint.restore(folder, first, players)
-    draw = _drawing(world, record, minibatches=config.steps // count)
-    fit = _fitting(world, record, players, frozen, tx, minibatches=config.steps // count)
+    draw = _drawing(session, record, minibatches=settings.steps // count)
+    fit = _fitting(session, record, players, frozen, tx, minibatches=settings.steps // count)
 
     def policy() -> Transformer:
         params = distributed.replicate(players.state.params, mesh)
         return whole(params["model"] if isinstance(params, dict) else params, frozen)
 
-    silent, ends = not distributed.is_main(), text.end_ids(world.tokenizer)
+    silent, ends = not distributed.is_main(), text.end_ids(session.tokenizer)
     with (
-        Journal(world.directory, resume_step=first if first else None) as journal,
+        Journal(session.directory, resume_step=first if first else None) as journal,
         checkpoint.Saver(folder, fingerprint=fingerprint) as saver,
-        tqdm(total=count, initial=first, desc=config.method, unit="round", disable=silent) as bar,
+        tqdm(total=count, initial=first, desc=settings.method, unit="round", disable=silent) as bar,
     ):
         for r in range(first, count):
-            key, learn = jax.random.split(jax.random.fold_in(stream(config.seed, "rounds"), r))
+            key, learn = jax.random.split(jax.random.fold_in(stream(settings.seed, "rounds"), r))
             drawn, told, draws = draw(at_work(players, record.sources, frozen=frozen), key, r)
             players, scalars = fit(players, drawn, told, learn)
             more = {"drawn_reward": _drawn_reward(told, drawn), "truncated": share_cut(drawn, ends, record)}
@@ -82,23 +84,23 @@ def improve(world: World, *, watch: Callable[[int, Transformer], None] | None = 
             values = line.values()
             bar.set_postfix_str(json.dumps({k: round(values[k], 3) for k in ("reward", "kl_k1") if k in values}))
             bar.update()
-            if (r + 1) % config.checkpoint_every == 0 or r + 1 == count:
+            if (r + 1) % settings.checkpoint_every == 0 or r + 1 == count:
                 if watch is not None:
                     watch(r + 1, policy())
                 saver.save(r + 1, players, after=line.written)
     return policy()
 
 
-def _players(world: World, record: Method, tx: optax.GradientTransformation) -> tuple[Players, Params]:
+def _players(session: Session, record: Method, tx: optax.GradientTransformation) -> tuple[Players, Params]:
     """The players before the first round, with the critics they need, and what they have in common."""
-    trained, frozen = adapters(world)
+    trained, frozen = adapters(session)
     if record.critics:
-        trained = with_critics(trained, features=world.model.config.features, num=record.critics)
-    return shard(rounds.init_players(record, trained, tx), world.mesh), frozen
+        trained = with_critics(trained, features=session.model.config.features, num=record.critics)
+    return shard(rounds.init_players(record, trained, tx), session.mesh), frozen
 
 
 def _fitting(
-    world: World,
+    session: Session,
     record: Method,
     players: Players,
     frozen: Params,
@@ -107,14 +109,16 @@ def _fitting(
     minibatches: int,
 ) -> Callable[[Players, Candidates, Feedback, PRNGKey], tuple[Players, dict[str, Array]]]:
     """The compiled `tiltjax.train.rounds.fit`, on the mesh; what all hosts hold in NumPy goes in."""
-    config, mesh, place = world.config, world.mesh, batch_sharding(world.mesh)
-    size = _rows(config, record)
-    options: dict[str, Any] = {"tx": tx, "beta": record.own_beta(config.beta), "minibatches": minibatches}
+    settings, mesh, place = session.settings, session.mesh, batch_sharding(session.mesh)
+    size = _rows(settings, record)
+    options: dict[str, Any] = {"tx": tx, "beta": record.own_beta(settings.beta), "minibatches": minibatches}
 
     def run(frozen, players, drawn, told, key):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            view = model_view(frozen=frozen, temperature=record.temperature, rows=size // config.microbatches)
-            return rounds.fit(record, players, drawn, told, key, view=view, microbatches=config.microbatches, **options)
+            view = model_view(frozen=frozen, temperature=record.temperature, rows=size // settings.microbatches)
+            return rounds.fit(
+                record, players, drawn, told, key, view=view, microbatches=settings.microbatches, **options
+            )
 
     places, whole = shardings(players, mesh), NamedSharding(mesh, PartitionSpec())
     compiled = jax.jit(
@@ -132,39 +136,39 @@ def _fitting(
     return fit
 
 
-def _rows(config: AlignConfig, record: Method) -> int:
+def _rows(settings: Settings, record: Method) -> int:
     """Rows of a mini-batch: its prompts, and as many again where each brings a text of the corpus."""
-    return config.batch_size * (2 if "corpus" in record.sources else 1)
+    return settings.batch_size * (2 if "corpus" in record.sources else 1)
 
 
 def _drawing(
-    world: World, record: Method, *, minibatches: int
+    session: Session, record: Method, *, minibatches: int
 ) -> Callable[[Players, PRNGKey, int], tuple[Candidates, Feedback, float]]:
     """``(players at work, key, round) -> candidates, feedback, draws per mini-batch``, all in NumPy, on every host.
 
     Within a round the next mini-batch is being drawn while the host rewards one; an online record has one a round.
     """
-    config, given, B = world.config, world.given, world.config.batch_size
-    place = batch_sharding(world.mesh)
+    settings, inputs, B = session.settings, session.inputs, session.settings.batch_size
+    place = batch_sharding(session.mesh)
     mine = distributed.host_rows(place, B)
-    asked, order = _prompts(world), epoch_batches(config.num_prompts, B, seed=config.seed)
-    ends = text.end_ids(world.tokenizer)
+    asked, order = _prompts(session), epoch_batches(settings.num_prompts, B, seed=settings.seed)
+    ends = text.end_ids(session.tokenizer)
     corpus = np.array([source == "corpus" for source, num in record.draw for _ in range(num)])
     write = model_sample(
-        max_tokens=config.max_tokens,
+        max_tokens=settings.max_tokens,
         eos_id=ends,
-        pad_id=text.pad_id(world.tokenizer),
-        **law(config),
+        pad_id=text.pad_id(session.tokenizer),
+        **settings.law(),
         mixture=record.mixture,
-        slots=None if config.sample_batch >= B else config.sample_batch * record.num_candidates,
-        mesh=world.mesh,
+        slots=None if settings.sample_batch >= B else settings.sample_batch * record.num_candidates,
+        mesh=session.mesh,
     )
 
     def sample(rows, key, players, source, prompts, num):
         if source == "data":
-            return given.demonstrated(key, rows, prompts, num)
+            return inputs.demonstrated(key, rows, prompts, num)
         if source == "corpus":  # Its texts have prompts of their own: they come in by `mixed_in`.
-            shape = (B, num, config.max_tokens)
+            shape = (B, num, settings.max_tokens)
             empty = np.zeros(shape, np.int32)
             return dataclasses.replace(
                 prompts, completion=empty, completion_mask=empty > 0, old_token_logp=np.zeros(shape, np.float32)
@@ -180,22 +184,22 @@ def _drawing(
         drawn = jax.device_get(rounds.join(record, take(asked, rows), distributed.fetch(begun)))
         if drawn.old_token_logp is not None:
             check_candidates("sample", "the log-probability", drawn.old_token_logp, rows)
-        return drawn, feedback(world, record, rows, drawn)
+        return drawn, feedback(session, record, rows, drawn)
 
     def minibatch(players: Players, key: PRNGKey, step: int, begun: list) -> tuple[Candidates, Feedback, int]:
         rows = order(step)
         drawn, told = end(rows, begun)
         good, seen, draws = _informative(told), set(rows.tolist()), 1
-        while draws <= record.resample and not good.all() and len(seen) < config.num_prompts:
-            left = np.setdiff1d(np.arange(config.num_prompts), list(seen))
-            left = generator(config.seed, "redraw", step, draws).permutation(left)[:B]
+        while draws <= record.resample and not good.all() and len(seen) < settings.num_prompts:
+            left = np.setdiff1d(np.arange(settings.num_prompts), list(seen))
+            left = generator(settings.seed, "redraw", step, draws).permutation(left)[:B]
             again = np.resize(left, B)
             more = end(again, begin(players, jax.random.fold_in(key, draws), again))
             drawn, told = _replaced((drawn, told), good, more, _informative(more[1]) & (np.arange(B) < len(left)))
             good, seen, draws = _informative(told), seen | set(left.tolist()), draws + 1
         if corpus.any():
-            drawn, told = given.mixed_in(jax.random.fold_in(key, 1 + record.resample), corpus, drawn, told)
-        return without_truncated(drawn, ends) if config.mask_truncated else drawn, told, draws
+            drawn, told = inputs.mixed_in(jax.random.fold_in(key, 1 + record.resample), corpus, drawn, told)
+        return without_truncated(drawn, ends) if settings.mask_truncated else drawn, told, draws
 
     def draw(players: Players, key: PRNGKey, r: int) -> tuple[Candidates, Feedback, float]:
         def start(m: int) -> list[Candidates]:
@@ -235,8 +239,8 @@ def _replaced(batch: tuple, good: Bool[Array, " B"], more: tuple, better: Bool[A
     return jax.tree.map(put, batch, more)
 
 
-def _prompts(world: World) -> Candidates:
-    tokens = world.encode(world.rows["train"])
-    prompt, mask = pad(tokens, pad_id=text.pad_id(world.tokenizer))
-    empty = np.zeros((len(prompt), 0, world.config.max_tokens), np.int32)
+def _prompts(session: Session) -> Candidates:
+    tokens = session.encode(session.rows["train"])
+    prompt, mask = pad(tokens, pad_id=text.pad_id(session.tokenizer))
+    empty = np.zeros((len(prompt), 0, session.settings.max_tokens), np.int32)
     return Candidates(prompt=prompt, prompt_mask=mask, completion=empty, completion_mask=empty > 0)

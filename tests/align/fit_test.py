@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import align_fit, align_world
-from experiments.align_config import AlignConfig, record_of
-from experiments.align_given import Given
+from experiments.align_config import AlignConfig
 from tests.tiny import save_policy
+from tiltjax.align import fit as align_fit
+from tiltjax.align import session as align_session
+from tiltjax.align.inputs import Inputs
 from tiltjax.data import candidates as batches
 from tiltjax.data.candidates import Candidates
 from tiltjax.train import distributed
@@ -49,9 +50,9 @@ def world_of(home, tmp_path):
         paths = {"policy": f"{home}/policy", "prompts": f"{home}/prompts.jsonl", "output": f"{directory}"}
         given = {"demonstrations": "told"} if method == "sft" else {}
         config = AlignConfig(method=method, **(paths | SETTINGS | given | changes))
-        world = align_world.prepare(dataclasses.replace(config, method="tilted_mle"), directory)
+        session = align_session.prepare(dataclasses.replace(config, method="tilted_mle"), directory)
         tokens, mask = batches.pad(
-            align_world.text.encode_prompts(world.tokenizer, [r.prompt for r in world.rows["train"]])
+            align_session.text.encode_prompts(session.tokenizer, [r.prompt for r in session.rows["train"]])
         )
         rng = np.random.default_rng(0)
         longest = np.repeat([kind[1] for kind in KINDS], P // 4)
@@ -64,7 +65,7 @@ def world_of(home, tmp_path):
             reward=rng.normal(size=(P, N)).astype(np.float32),
         )
         told = [[rng.integers(2, 16, size).tolist() for size in some[: 1 + i % 2]] for i, some in enumerate(sizes)]
-        return dataclasses.replace(world, config=config, given=Given(demonstrations=told)), drawn
+        return dataclasses.replace(session, settings=config, inputs=Inputs(demonstrations=told)), drawn
 
     return world_of
 
@@ -79,17 +80,17 @@ CASES = {
 
 @pytest.mark.parametrize("method", CASES)
 def test_every_step_is_padded_to_what_holds_the_batch_of_all_hosts(world_of, monkeypatch, method):
-    world, drawn = world_of(method, **CASES[method])
-    data = align_fit.training_data(world, record_of(world.config), drawn)
-    dataset, size = align_fit.host_data(world, data)
-    plain = dataclasses.replace(world, config=dataclasses.replace(world.config, length_buckets=1))
+    session, drawn = world_of(method, **CASES[method])
+    data = align_fit.training_data(session, session.settings.record, drawn)
+    dataset, size = align_fit.host_data(session, data)
+    plain = dataclasses.replace(session, settings=dataclasses.replace(session.settings, length_buckets=1))
     wide, _ = align_fit.host_data(plain, data)
     shares = []
     for mine in (np.arange(2), np.arange(2, 8)):
         monkeypatch.setattr(distributed, "host_rows", lambda place, num: mine)  # noqa: B023
-        shares.append(align_fit.host_data(world, data)[0])
+        shares.append(align_fit.host_data(session, data)[0])
     shapes, own = [], []
-    for step in range(world.config.steps):
+    for step in range(session.settings.steps):
         batch, whole, parts = dataset[step], wide[step], [share[step] for share in shares]
         S, L = batch.candidates.prompt.shape[1], batch.candidates.completion.shape[2]
         chex.assert_trees_all_equal(batch, jax.tree.map(lambda *rows: np.concatenate(rows), *parts))
@@ -98,13 +99,13 @@ def test_every_step_is_padded_to_what_holds_the_batch_of_all_hosts(world_of, mon
         assert size == len(batch.candidates.prompt) == 8
         shapes.append((S, L))
         own.append(batches.lengths(parts[0].candidates).max(axis=0).tolist())
-    assert 1 < len(set(shapes)) <= world.config.length_buckets
+    assert 1 < len(set(shapes)) <= session.settings.length_buckets
     assert any(S > 8 >= short for (S, _), (short, _) in zip(shapes, own, strict=True)) or method != "sft"
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft", "kto"])  # Rows on a mesh, rows under pmap, and crossed rows.
 def test_a_fit_compiles_once_a_shape_and_ends_where_one_without_buckets_does(world_of, monkeypatch, caplog, method):
-    caplog.set_level(logging.INFO, logger="experiments.align_fit")
+    caplog.set_level(logging.INFO, logger="tiltjax.align.fit")
     traced, step = [], align_fit.train_step
 
     def noted(state, batch, *arguments, **options):
@@ -126,13 +127,13 @@ def test_a_fit_compiles_once_a_shape_and_ends_where_one_without_buckets_does(wor
 
 
 def test_every_demonstration_is_a_row(world_of):
-    world, drawn = world_of("sft")
-    data = align_fit.training_data(world, record_of(world.config), drawn)
+    session, drawn = world_of("sft")
+    data = align_fit.training_data(session, session.settings.record, drawn)
     rows, order = data.rows.candidates, data.order
     assert len(rows.prompt) == P + P // 2
     seen = np.concatenate([order(step) for step in range(6)])
     assert sorted(seen.tolist()) == list(range(48))
-    told = [one for group in world.given.demonstrations for one in group]
+    told = [one for group in session.inputs.demonstrations for one in group]
     assert [
         ids[mask].tolist() for ids, mask in zip(rows.completion[:, 0], rows.completion_mask[:, 0], strict=True)
     ] == told

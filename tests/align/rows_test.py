@@ -7,10 +7,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import align_given, align_world, reward_world
+from experiments import reward_world
 from experiments.align_config import AlignConfig
+from tiltjax.align import inputs as align_inputs
+from tiltjax.align import session as align_session
 from tiltjax.data import text
-from tiltjax.data.datasets import DataError
+from tiltjax.data.datasets import DataError, PromptRow
 from tiltjax.train.methods import METHODS
 from tiltjax.train.reward_model import RewardSpec
 
@@ -26,14 +28,14 @@ def no_model(monkeypatch):
     def load(*args, **options):
         raise AssertionError("a model is loaded before the rows are checked")
 
-    monkeypatch.setattr(align_world.pretrained, "load", load)
+    monkeypatch.setattr(align_session.pretrained, "load", load)
 
 
 def prepare(tmp_path, rows=None, **changes):
     if rows is not None:
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         changes["prompts"] = str(tmp_path / "rows.jsonl")
-    return align_world.prepare(dataclasses.replace(CONFIG, **changes), tmp_path)
+    return align_session.prepare(dataclasses.replace(CONFIG, **changes), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +92,11 @@ def test_bad_rows_of_what_is_given(tmp_path, caplog, method):
     (tmp_path / "told.jsonl").write_text("\n".join(['{"prompt": "p"}', *told]))
     flag = {"sft": "demonstrations", "ppo_ptx": "corpus"}[method]
     config = dataclasses.replace(CONFIG, method=method, **{flag: str(tmp_path / "told.jsonl")})
-    rows = [align_world.PromptRow(f"p {i}", {}) for i in range(8)]
+    rows = [PromptRow(f"p {i}", {}) for i in range(8)]
     record, tokenizer = METHODS[method], text.load_tokenizer(config.policy)
     with pytest.raises(DataError, match=r"told\.jsonl:1: no column 'completion'"):
-        align_given.load_given(config, record, rows, tokenizer)
-    given = align_given.load_given(dataclasses.replace(config, skip_bad_rows=True), record, rows, tokenizer)
+        align_inputs.load_inputs(config, record, rows, tokenizer)
+    given = align_inputs.load_inputs(dataclasses.replace(config, skip_bad_rows=True), record, rows, tokenizer)
     assert len(given.demonstrations or given.corpus.prompt) == 8
     assert "1 bad rows left out" in caplog.text
 

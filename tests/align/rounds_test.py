@@ -8,16 +8,20 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import align_config, align_given, align_online, align_world
 from experiments.align_config import AlignConfig
-from experiments.align_law import share_cut
 from tests.tiny import save_policy
+from tiltjax.align import inputs as align_inputs
+from tiltjax.align import rounds as align_rounds
+from tiltjax.align import session as align_session
+from tiltjax.align.feedback import answer_ids
+from tiltjax.align.law import share_cut
+from tiltjax.align.sources import prompt_rows
 from tiltjax.data.candidates import Candidates, learned
 from tiltjax.data.datasets import PromptRow
 from tiltjax.models.transformer import Transformer
 from tiltjax.rewards.registry import load_reward
 from tiltjax.train.config import load_config, save_config
-from tiltjax.train.learned_reward import RewardSpec
+from tiltjax.train.learned_reward import LearnedReward, RewardSpec
 from tiltjax.train.methods import METHODS, RENAMED
 from tiltjax.train.policy import model_view
 from tiltjax.train.rounds import init_players
@@ -71,29 +75,30 @@ def drawing(home, tmp_path, monkeypatch):
         drawing.options = options
         return at_random
 
-    monkeypatch.setattr(align_online, "model_sample", model_sample)
+    monkeypatch.setattr(align_rounds, "model_sample", model_sample)
 
     def drawing(method, *, reward=None, seed=1, minibatches=1, **changes):
         config = config_of(home, tmp_path, method, **changes)
-        tokenizer = align_world.text.load_tokenizer(home / "policy")
-        rows = align_world.prompt_rows(config.prompts, 18, seed=0)[: config.num_prompts]
-        world = align_world.World(
-            config=config, directory=tmp_path, tokenizer=tokenizer, model=None, scorer=None, sampler=None,
+        tokenizer = align_session.text.load_tokenizer(home / "policy")
+        rows = prompt_rows(config.prompts, 18, seed=0)[: config.num_prompts]
+        session = object.__new__(align_session.Session)  # Without a model, which no field may lack.
+        session.__dict__.update(
+            settings=config, directory=tmp_path, tokenizer=tokenizer, model=None, scorer=None, sampler=None,
             reward=reward or load_reward(config.reward), rows={"train": rows}, mesh=make_mesh(""), fingerprint="",
-            given=align_given.load_given(config, METHODS[method], rows, tokenizer),
+            inputs=align_inputs.load_inputs(config, METHODS[method], rows, tokenizer),
         )  # fmt: skip
-        record = align_config.record_of(config)
-        draw = align_online._drawing(world, record, minibatches=minibatches)
+        record = config.record
+        draw = align_rounds._drawing(session, record, minibatches=minibatches)
         drawn, told, draws = draw(NOBODY, jax.random.key(seed), 0)
-        return world, drawn, told, draws
+        return session, drawn, told, draws
 
     drawing.events = []
     return drawing
 
 
-def shown(world, drawn):
+def shown(session, drawn):
     """Prompts as texts."""
-    return [world.tokenizer.decode(row[mask]) for row, mask in zip(drawn.prompt, drawn.prompt_mask, strict=True)]
+    return [session.tokenizer.decode(row[mask]) for row, mask in zip(drawn.prompt, drawn.prompt_mask, strict=True)]
 
 
 def test_candidates_are_drawn_at_the_temperature_of_the_record(drawing):
@@ -126,14 +131,14 @@ def test_what_is_cut_is_a_metric_and_may_be_masked(home, drawing, method):
 def test_demonstrations_are_those_of_the_prompt(home, drawing, source):
     """From a file, found by the prompt, or from a column; beside them what the policy writes."""
     given = f"{home}/{source}" if source.endswith("jsonl") else source
-    world, drawn, _, _ = drawing("spin", demonstrations=given)
+    session, drawn, _, _ = drawing("spin", demonstrations=given)
     assert drawn.completion.shape == (8, 2, T)
-    expected = {row.prompt: row.columns["answer"] for row in world.rows["train"]}
+    expected = {row.prompt: row.columns["answer"] for row in session.rows["train"]}
     if source == "told.jsonl":
         rows = map(json.loads, (home / source).read_text().splitlines())
         expected = {row["prompt"]: row["completion"] for row in rows}
     for prompt, (told, _), ids, mask in zip(
-        shown(world, drawn), world.texts(drawn), drawn.completion[:, 0], drawn.completion_mask[:, 0], strict=True
+        shown(session, drawn), session.texts(drawn), drawn.completion[:, 0], drawn.completion_mask[:, 0], strict=True
     ):
         assert told == expected[prompt]
         assert ids[mask][-1] == EOS
@@ -141,15 +146,15 @@ def test_demonstrations_are_those_of_the_prompt(home, drawing, source):
 
 def test_a_corpus_comes_in_on_prompts_of_its_own(home, drawing):
     """It is trained on as it stands: not as the continuation of a prompt that it has nothing to do with."""
-    world, drawn, told, _ = drawing("ppo_ptx", corpus=f"{home}/corpus.jsonl")
+    session, drawn, told, _ = drawing("ppo_ptx", corpus=f"{home}/corpus.jsonl")
     assert drawn.completion.shape == (16, 4, T)
     np.testing.assert_array_equal(drawn.where[:8], [[True, True, True, False]] * 8)
     np.testing.assert_array_equal(drawn.where[8:], [[False, False, False, True]] * 8)
     np.testing.assert_array_equal(drawn.completion_mask.any(-1), drawn.where)
-    assert {row.prompt for row in world.rows["train"]} >= set(shown(world, drawn)[:8])
-    assert shown(world, drawn)[8:] == ["<eos>"] * 8
+    assert {row.prompt for row in session.rows["train"]} >= set(shown(session, drawn)[:8])
+    assert shown(session, drawn)[8:] == ["<eos>"] * 8
     lines = [json.loads(line)["text"] for line in (home / "corpus.jsonl").read_text().splitlines()]
-    texts = [group[3] for group in world.texts(drawn)[8:]]
+    texts = [group[3] for group in session.texts(drawn)[8:]]
     assert set(texts) <= {" ".join(line.split()[:T]) for line in lines}
     assert len(set(texts)) > 1
     assert (told.reward[:8, :3] != 0).any()
@@ -174,36 +179,38 @@ def test_the_next_mini_batch_is_begun_before_the_last_one_is_rewarded(drawing):
         drawing.events.append("reward")
         return [float(len(said.split())) for said in completions]
 
-    world, drawn, told, _ = drawing("rebel", reward=length, minibatches=3, steps=12, num_prompts=16)
+    session, drawn, told, _ = drawing("rebel", reward=length, minibatches=3, steps=12, num_prompts=16)
     assert drawing.events == ["draw", "draw", "reward", "draw", "reward", "reward"]
-    np.testing.assert_array_equal(told.reward, [[len(said.split()) for said in group] for group in world.texts(drawn)])
-    order = align_online.epoch_batches(16, 8, seed=world.config.seed)
-    asked = [world.rows["train"][i].prompt for step in range(3) for i in order(step)]
-    assert shown(world, drawn) == asked
+    np.testing.assert_array_equal(
+        told.reward, [[len(said.split()) for said in group] for group in session.texts(drawn)]
+    )
+    order = align_rounds.epoch_batches(16, 8, seed=session.settings.seed)
+    asked = [session.rows["train"][i].prompt for step in range(3) for i in order(step)]
+    assert shown(session, drawn) == asked
     assert len({row.tobytes() for row in drawn.completion}) > 20
 
 
 class TestDynamicSampling:
     def test_further_prompts_take_the_place_of_those_that_tie(self, drawing):
-        world, drawn, told, draws = drawing("dapo", reward=some_tie)
+        session, drawn, told, draws = drawing("dapo", reward=some_tie)
         assert draws == 2
-        assert not any(prompt.endswith("w4") for prompt in shown(world, drawn))
-        assert len(set(shown(world, drawn))) == 8
+        assert not any(prompt.endswith("w4") for prompt in shown(session, drawn))
+        assert len(set(shown(session, drawn))) == 8
         assert (np.ptp(told.reward, axis=1) > 0).all()
-        asked = [row for row in world.rows["train"] if row.prompt in shown(world, drawn)]
+        asked = [row for row in session.rows["train"] if row.prompt in shown(session, drawn)]
         assert len(asked) == 8
         _, first, _, _ = drawing("rloo", reward=some_tie)
-        own = [not prompt.endswith("w4") for prompt in shown(world, first)]
+        own = [not prompt.endswith("w4") for prompt in shown(session, first)]
         for name in ("prompt", "completion"):  # What was good stays where it was.
             np.testing.assert_array_equal(getattr(drawn, name)[own], getattr(first, name)[own])
         again = drawing("dapo", reward=some_tie)
         np.testing.assert_array_equal(again[1].completion, drawn.completion)
 
     def test_it_ends_when_the_prompts_or_the_draws_do(self, drawing, monkeypatch):
-        world, drawn, told, draws = drawing("dapo", reward=all_tie)
+        session, drawn, told, draws = drawing("dapo", reward=all_tie)
         assert draws == 2
-        order = align_online.epoch_batches(16, 8, seed=world.config.seed)(0)
-        assert shown(world, drawn) == [world.rows["train"][i].prompt for i in order]
+        order = align_rounds.epoch_batches(16, 8, seed=session.settings.seed)(0)
+        assert shown(session, drawn) == [session.rows["train"][i].prompt for i in order]
         np.testing.assert_array_equal(told.reward, 1)
         monkeypatch.setitem(METHODS, "dapo", dataclasses.replace(METHODS["dapo"], resample=0))
         assert drawing("dapo", reward=some_tie)[3] == 1
@@ -211,23 +218,26 @@ class TestDynamicSampling:
 
 class TestFeedback:
     def test_a_cost_is_scored_beside_the_reward(self, drawing):
-        world, drawn, told, _ = drawing("safe_rlhf", cost="length?target=1")
-        lengths = np.array([[len(said.split()) for said in group] for group in world.texts(drawn)])
+        session, drawn, told, _ = drawing("safe_rlhf", cost="length?target=1")
+        lengths = np.array([[len(said.split()) for said in group] for group in session.texts(drawn)])
         np.testing.assert_allclose(told.cost, -np.abs(lengths - 1) / 1.0, rtol=1e-6)
         np.testing.assert_allclose(told.reward, -np.abs(lengths - 3) / 3.0, rtol=1e-6)
 
     def test_a_learned_cost_has_the_sign_of_harm(self, monkeypatch):
-        class Learned:
+        class Learned(LearnedReward):
             spec, fingerprint = RewardSpec(kind="cost", offset=0.25), "0"
+
+            def __init__(self):
+                """It has no model."""
 
             def __call__(self, prompts, completions, *conversation):
                 return [-float(said) - self.spec.offset for said in completions]
 
-        monkeypatch.setattr(align_given, "load_reward_model", lambda *_, **__: Learned())
-        assert align_given.load_cost("model:somewhere")(["", ""], ["2.0", "-0.5"]) == [2.0, -0.5]
+        monkeypatch.setattr(align_inputs, "load_reward_model", lambda *_, **__: Learned())
+        assert align_inputs.load_cost("model:somewhere")(["", ""], ["2.0", "-0.5"]) == [2.0, -0.5]
         Learned.spec = RewardSpec(kind="global")
         with pytest.raises(ValueError, match="must be a reward model of kind 'cost', got kind 'global'"):
-            align_given.load_cost("model:somewhere")
+            align_inputs.load_cost("model:somewhere")
 
     def test_a_reward_above_the_threshold_is_desirable(self, drawing):
         _, _, told, _ = drawing("online_kto", desirable_above=-0.5)
@@ -242,7 +252,7 @@ class TestFeedback:
             ["<answer>Blue</answer>", "hm. Answer: blue\nreally", "", "green"],
             ["1/2", "0.5", "Answer: 2", "two"],
         ]
-        ids = align_given.answer_ids(rows, texts)
+        ids = answer_ids(rows, texts)
         np.testing.assert_array_equal(ids, [[0, 0, -1, 1], [0, 0, -1, 1], [0, 0, 1, 2]])
 
 
@@ -252,7 +262,7 @@ class TestWhatIsMissing:
                              ("safe_rlhf", "cost")],
     )  # fmt: skip
     def test_a_flag(self, home, tmp_path, method, flag):
-        with pytest.raises(ValueError, match=f"^--method={method} needs --{flag}$"):
+        with pytest.raises(ValueError, match=f"^method {method} needs {flag}$"):
             config_of(home, tmp_path, method)
 
     def test_a_demonstration(self, home, tmp_path, drawing):
@@ -297,29 +307,29 @@ def test_cut_off_in_a_rollout_and_in_an_update_it_ends_with_the_same_bits(home, 
     """A record with everything: adapters, critics, a cost with its multiplier, several epochs, parameters on a mesh."""
     seen, made = [], {}
     for name in ("_drawing", "_fitting"):  # All runs of this test share their compiled functions.
-        make = getattr(align_online, name)
+        make = getattr(align_rounds, name)
         monkeypatch.setattr(
-            align_online, name, lambda *a, make=make, name=name, **k: made.setdefault(name, make(*a, **k))
+            align_rounds, name, lambda *a, make=make, name=name, **k: made.setdefault(name, make(*a, **k))
         )
-    tell, calls = align_online.feedback, []
+    tell, calls = align_rounds.feedback, []
 
-    def telling(world, record, rows, drawn):
+    def telling(session, record, rows, drawn):
         calls.append((compilations(), drawn))
         if len(calls) in deaths:
             raise Killed
-        return tell(world, record, rows, drawn)
+        return tell(session, record, rows, drawn)
 
-    monkeypatch.setattr(align_online, "feedback", telling)
+    monkeypatch.setattr(align_rounds, "feedback", telling)
 
     def run(output, *, resume=False, watch=None):
         changes = {"cost": "length?target=9", "steps": 3, "mesh": "data:4,fsdp:2", "resume": resume}
         config = config_of(home, output, "safe_rlhf", **changes)
-        world = dataclasses.replace(WORLD, config=config, directory=output)
-        return align_online.improve(world, watch=watch)
+        session = dataclasses.replace(WORLD, settings=config, directory=output, resume=resume)
+        return align_rounds.improve(session, watch=watch)
 
     deaths = ()
     start = config_of(home, tmp_path / "whole", "safe_rlhf", cost="length?target=9", steps=3, mesh="data:4,fsdp:2")
-    WORLD = align_world.prepare(start, tmp_path / "whole")
+    WORLD = align_session.prepare(start, tmp_path / "whole")
     before = jax.device_get(jax.tree.leaves(WORLD.model))
     whole = run(tmp_path / "whole", watch=lambda r, model: seen.append((r, type(model))))
     assert seen == [(r, Transformer) for r in (1, 2, 3)]
@@ -381,13 +391,13 @@ class TestARecordOfOnesOwn:
     def test_it_learns_in_rounds_with_its_own_beta(self, home, tmp_path, own):
         config = config_of(home, tmp_path / "run", own, beta=None, steps=1, num_prompts=8)
         assert (config.beta, config.in_rounds) == (0.3, True)
-        assert align_config.resolved(config).startswith(f"{own}: beta 0.3 (published 0.3), ")
-        world = align_world.prepare(config, tmp_path / "run")
-        align_online.improve(world)
+        assert config.describe().startswith(f"{own}: beta 0.3 (published 0.3), ")
+        session = align_session.prepare(config, tmp_path / "run")
+        align_rounds.improve(session)
         (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
         assert np.isfinite(line["loss"])
         (tmp_path / "own.py").write_text(OWN.replace("beta=0.3", "beta=0.4"))
-        assert align_world.prepare(config, tmp_path / "run").fingerprint != world.fingerprint
+        assert align_session.prepare(config, tmp_path / "run").fingerprint != session.fingerprint
 
     @pytest.mark.robustness(
         "Flags", given="--method=file.py:record that is no record", outcome="one line that says what it is"
