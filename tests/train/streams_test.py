@@ -9,7 +9,8 @@ import experiments
 from tiltjax.train import streams
 from tiltjax.train.streams import generator, root_key, stream
 
-FOLDERS = [pathlib.Path(path) for path in (*experiments.__path__, pathlib.Path(streams.__file__).parent)]
+LIBRARY = pathlib.Path(streams.__file__).parents[1]
+FOLDERS = [pathlib.Path(path) for path in (*experiments.__path__, LIBRARY / "train", LIBRARY / "align")]
 
 
 def data(key):
