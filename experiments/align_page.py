@@ -13,8 +13,8 @@ import pathlib
 import shutil
 from typing import Any
 
-from experiments.flags import from_flags
-from experiments.launch import program, run_program
+from experiments.common.flags import from_flags
+from experiments.common.launch import program, run_program
 from tiltjax.align.evaluation import frontier_table, verdict
 from tiltjax.train.config import field, write_text
 from tiltjax.train.evaluate import Point

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.launch import program, run_program
+from experiments.common.launch import program, run_program
 
 __all__ = ["ROLES", "public_functions", "render", "short_path"]
 

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import load_file
 
-from experiments.launch import program, run_program
+from experiments.common.launch import program, run_program
 from tiltjax.data.text import load_tokenizer
 from tiltjax.files import find_embedded_gguf
 from tiltjax.models import pretrained

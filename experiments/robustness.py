@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from experiments.launch import program, run_program
+from experiments.common.launch import program, run_program
 from tiltjax.train.config import write_text
 
 __all__ = ["SECTIONS", "Row", "render", "rows"]

@@ -10,8 +10,8 @@ import re
 
 import pytest
 
-from experiments.align_config import AlignConfig
-from experiments.reward_model import RewardConfig
+from experiments.align.config import AlignConfig
+from experiments.reward_model.__main__ import RewardConfig
 from tiltjax.align.settings import UNTRAINED
 from tiltjax.train import methods
 

@@ -30,7 +30,7 @@ def eight_devices():
 @pytest.fixture(scope="session", autouse=True)
 def undisturbed():
     """A program that a test calls in this process sets nothing for the others, and writes into nobody's cache."""
-    from experiments import launch  # Not before the types are watched.
+    from experiments.common import launch  # Not before the types are watched.
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "prepare_process", lambda: None)

@@ -116,7 +116,7 @@ def cut_policy(folder: pathlib.Path, layers: int) -> None:
 
 
 def _align_config(folder: pathlib.Path, name: str, **settings: Any) -> Any:
-    from experiments.align_config import AlignConfig
+    from experiments.align.config import AlignConfig
 
     files = _inputs(folder)
     if "corpus" in settings:
@@ -155,7 +155,7 @@ def record(folder: pathlib.Path, name: str, **settings: Any) -> None:
 
 def align(folder: pathlib.Path, name: str, **settings: Any) -> None:
     """All of `experiments.align`: estimates, a fit, evaluation, report and export."""
-    from experiments import align
+    from experiments.align import __main__ as align
 
     config = _align_config(folder, name, **settings)
     check_finite(align.run(config))
@@ -166,7 +166,7 @@ def align(folder: pathlib.Path, name: str, **settings: Any) -> None:
 
 def learned_reward(folder: pathlib.Path) -> None:
     """Reward models of two kinds, one of them as the reward of `experiments.align`."""
-    from experiments import reward_model
+    from experiments.reward_model import __main__ as reward_model
 
     names = ("num_prompts", "num_eval_prompts", "num_candidates", "max_tokens", "steps", "batch_size", "sample_batch")
     sizes = {name: SIZES[name] for name in names}
@@ -183,7 +183,7 @@ def learned_reward(folder: pathlib.Path) -> None:
 
 def online(folder: pathlib.Path) -> None:
     """Both tasks of `experiments.online`."""
-    from experiments import online
+    from experiments.online import __main__ as online
 
     sizes = {name: SIZES[name] for name in ("num_prompts", "num_eval_prompts", "num_candidates", "steps", "batch_size")}
     tasks = {"prompts": _inputs(folder)["prompts"], "proxy": "sentiment", "gold": "length?target=3"}
@@ -305,7 +305,7 @@ def _run(name: str, folder: str) -> tuple[str, np.ndarray, str]:
 
 
 def _start_worker() -> None:
-    from experiments.launch import prepare_process
+    from experiments.common.launch import prepare_process
 
     prepare_process()
 

@@ -58,6 +58,6 @@ def test_a_job_that_fails_says_why(tmp_path, monkeypatch):
 
 
 def test_sizes_are_those_of_a_run():
-    from experiments.align_config import AlignConfig
+    from experiments.align.config import AlignConfig
 
     assert set(smoke.SIZES) <= {item.name for item in dataclasses.fields(AlignConfig)}

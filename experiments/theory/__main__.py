@@ -11,9 +11,9 @@ import sys
 
 from tqdm import tqdm
 
-from experiments.flags import from_flags
-from experiments.launch import program, run_program
-from experiments.run_directory import locked
+from experiments.common.flags import from_flags
+from experiments.common.launch import program, run_program
+from experiments.common.run_directory import locked
 from experiments.theory import claims
 from tiltjax.train.config import field, output_field
 

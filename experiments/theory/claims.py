@@ -15,10 +15,10 @@ from absl import flags
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.flags import from_flags
-from experiments.launch import program, run_program
-from experiments.reporting import STYLE
-from experiments.run_directory import locked
+from experiments.common.flags import from_flags
+from experiments.common.launch import program, run_program
+from experiments.common.plots import STYLE
+from experiments.common.run_directory import locked
 from tiltjax.train.config import field, output_field, write_text
 
 __all__ = [

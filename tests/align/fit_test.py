@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.align_config import AlignConfig
+from experiments.align.config import AlignConfig
 from tests.tiny import save_policy
 from tiltjax.align import fit as align_fit
 from tiltjax.align import session as align_session

@@ -7,10 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import align
-from experiments.align_config import AlignConfig
-from experiments.online import OnlineConfig
-from experiments.reward_model import RewardConfig
+from experiments.align import __main__ as align
+from experiments.align.config import AlignConfig
+from experiments.online.__main__ import OnlineConfig
+from experiments.reward_model.__main__ import RewardConfig
 from tiltjax.align import inputs as align_inputs
 from tiltjax.align import law as align_law
 from tiltjax.align import session as align_session

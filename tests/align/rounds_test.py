@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.align_config import AlignConfig
+from experiments.align.config import AlignConfig
 from tests.tiny import save_policy
 from tiltjax.align import inputs as align_inputs
 from tiltjax.align import rounds as align_rounds

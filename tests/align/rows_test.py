@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import reward_world
-from experiments.align_config import AlignConfig
+from experiments.align.config import AlignConfig
+from experiments.reward_model import data as reward_world
 from tiltjax.align import inputs as align_inputs
 from tiltjax.align import session as align_session
 from tiltjax.data import text

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import align
-from experiments.align_config import AlignConfig
+from experiments.align import __main__ as align
+from experiments.align.config import AlignConfig
 from tests.tiny import save_policy
 from tiltjax.align import Session, Settings
 from tiltjax.data.candidates import load

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments import launch
-from experiments.align_config import AlignConfig
-from experiments.online import OnlineConfig
+from experiments.align.config import AlignConfig
+from experiments.common import launch
+from experiments.online.__main__ import OnlineConfig
 from tiltjax.align.settings import UNTRAINED
 from tiltjax.train import methods
 from tiltjax.train.config import load_config, save_config

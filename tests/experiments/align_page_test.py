@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from experiments import align, align_page
+from experiments import align_page
+from experiments.align import __main__ as align
 from tiltjax.align.evaluation import _plain
 from tiltjax.train.evaluate import Point
 from tiltjax.train.metrics import Interval

@@ -15,10 +15,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import align
-from experiments.align_config import AlignConfig
-from experiments.flags import define_flags
-from experiments.run_directory import Run
+from experiments.align import __main__ as align
+from experiments.align.config import AlignConfig
+from experiments.common.flags import define_flags
+from experiments.common.run_directory import Run
 from tests.tiny import save_policy
 from tiltjax.align import fit as align_fit
 from tiltjax.align import rounds as align_rounds
@@ -135,7 +135,7 @@ def test_says_how_much_it_compiles_and_nothing_of_what_jax_does(unbroken):
         "sample train", "fit", "sample heldout", "sample heldout-tuned", "score tuned"
     ]  # fmt: skip
     places = {line.partition("] ")[0].split()[-1].partition(":")[0] for line in lines}
-    assert {"rollout.py", "fit.py", "align.py"} <= places
+    assert {"rollout.py", "fit.py", "__main__.py"} <= places
     assert not places & {"compiler.py", "dispatch.py", "compilation_cache.py", "pxla.py", "xla_bridge.py"}
     assert re.fullmatch(r"sample train: 8 rows in 1 batches of 1 shapes \(compilations\) .*; padding .*", said[0])
     assert said[1].startswith("fit: 6 steps of 1 shapes (compilations) [(3, 6)], ")

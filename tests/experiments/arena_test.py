@@ -9,8 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import arena, arena_report, arena_run, arena_world
-from experiments.arena_claims import Results, judge
+from experiments.arena import __main__ as arena
+from experiments.arena import report as arena_report
+from experiments.arena import run as arena_run
+from experiments.arena import world as arena_world
+from experiments.arena.claims import Results, judge
 from tiltjax.train.methods import get_method
 from tiltjax.train.rounds import init_players
 

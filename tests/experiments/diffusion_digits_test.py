@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import diffusion_digits as experiment
-from experiments import digits_world
+from experiments.diffusion_digits import __main__ as experiment
+from experiments.diffusion_digits import world as digits_world
 
 
 @pytest.fixture(scope="module")

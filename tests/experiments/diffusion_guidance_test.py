@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import diffusion_guidance as experiment
-from experiments import guidance_world
+from experiments.diffusion_guidance import __main__ as experiment
+from experiments.diffusion_guidance import world as guidance_world
 from experiments.theory.claims import FAILED
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "diffusion_guidance"

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import diffusion_digits, diffusion_reward_report
-from experiments import diffusion_reward as experiment
-from experiments import diffusion_stages as stages
-from experiments.run_directory import open_run
+from experiments.common.run_directory import open_run
+from experiments.diffusion_digits import __main__ as diffusion_digits
+from experiments.diffusion_reward import __main__ as experiment
+from experiments.diffusion_reward import report as diffusion_reward_report
+from experiments.diffusion_reward import stages
 from tiltjax.ops import schedule
 from tiltjax.samplers import denoise
 

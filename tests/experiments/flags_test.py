@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import launch
-from experiments.align_config import AlignConfig
-from experiments.arena import ArenaConfig
-from experiments.diffusion_digits import DigitsConfig
-from experiments.flags import define_flags, from_flags
-from experiments.online import OnlineConfig
-from experiments.plan import PlanConfig
-from experiments.reward_model import RewardConfig
+from experiments.align.config import AlignConfig
+from experiments.arena.__main__ import ArenaConfig
+from experiments.common import launch
+from experiments.common.flags import define_flags, from_flags
+from experiments.diffusion_digits.__main__ import DigitsConfig
+from experiments.online.__main__ import OnlineConfig
+from experiments.plan.__main__ import PlanConfig
+from experiments.reward_model.__main__ import RewardConfig
 from tiltjax.train.config import load_config, save_config
 from tiltjax.train.distributed import Hosts
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import gap_report, gap_stages, gap_world
-from experiments import generation_verification_gap as experiment
-from experiments.gap_world import Task, parse_tasks
+from experiments.generation_verification_gap import __main__ as experiment
+from experiments.generation_verification_gap import report as gap_report
+from experiments.generation_verification_gap import stages as gap_stages
+from experiments.generation_verification_gap import world as gap_world
+from experiments.generation_verification_gap.world import Task, parse_tasks
 from tiltjax.exact import bandit
 from tiltjax.samplers.best_of_n import best_of_n
 

@@ -12,8 +12,8 @@ import pytest
 from absl import app, flags
 from absl import logging as absl_logging
 
-from experiments import launch
-from experiments.flags import define_flags
+from experiments.common import launch
+from experiments.common.flags import define_flags
 from tiltjax.train.config import field
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def test_what_does_not_fit_into_memory_is_one_line(error, said, capsys, monkeypa
 
 def test_a_program_that_has_failed_ends_though_a_thread_waits():
     code = (
-        "import threading\nfrom experiments import launch\nlaunch._PATIENCE = 0.2\n"
+        "import threading\nfrom experiments.common import launch\nlaunch._PATIENCE = 0.2\n"
         "@launch.program\ndef main():\n"
         "    threading.Thread(target=threading.Event().wait).start()\n    raise ValueError('no')\n"
         "launch.run_program(main)\n"

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from experiments import online, online_measure, online_report, online_world
-from experiments.online import OnlineConfig
+from experiments.online import __main__ as online
+from experiments.online import bench as online_world
+from experiments.online import measure as online_measure
+from experiments.online import report as online_report
+from experiments.online.__main__ import OnlineConfig
 from tests.tiny import save_policy
 from tiltjax.align import rounds as align_rounds
 from tiltjax.align import session as align_session

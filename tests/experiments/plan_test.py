@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import plan, plan_compile
-from experiments.plan import PlanConfig
-from experiments.plan_compile import Job
-from experiments.plan_shapes import SHAPES, policy_config
+from experiments.plan import __main__ as plan
+from experiments.plan import compile as plan_compile
+from experiments.plan.__main__ import PlanConfig
+from experiments.plan.compile import Job
+from experiments.plan.shapes import SHAPES, policy_config
 from tiltjax.analysis import Collective, Shape, chips, hlo, kept, num_parameters, step_flops
 from tiltjax.models import lora
 from tiltjax.models.config import config_to_hf

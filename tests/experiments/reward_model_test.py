@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import reward_model, reward_report, reward_world
-from experiments.align_config import AlignConfig
-from experiments.reward_model import RewardConfig
+from experiments.align.config import AlignConfig
+from experiments.reward_model import __main__ as reward_model
+from experiments.reward_model import data as reward_world
+from experiments.reward_model import report as reward_report
+from experiments.reward_model.__main__ import RewardConfig
 from tests.tiny import save_policy
 from tiltjax.align import session as align_session
 from tiltjax.data import text

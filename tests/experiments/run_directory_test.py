@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.run_directory import locked, open_run, overwrite_field
+from experiments.common.run_directory import locked, open_run, overwrite_field
 from tiltjax.data import candidates as batches
 from tiltjax.train.config import field, output_field, save_config, write_text
 from tiltjax.train.metrics import MetricsWriter

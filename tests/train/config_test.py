@@ -4,7 +4,7 @@ import re
 import pytest
 from absl import flags
 
-from experiments.flags import define_flags, from_flags
+from experiments.common.flags import define_flags, from_flags
 from tiltjax.ops.checks import check_choice
 from tiltjax.train.config import field, load_config, output_field, save_config, seed_field
 

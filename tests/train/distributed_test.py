@@ -21,8 +21,8 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from experiments import align
-from experiments.align_config import AlignConfig
+from experiments.align import __main__ as align
+from experiments.align.config import AlignConfig
 from tests.tiny import save_policy
 from tests.train.hosts_main import adapted, improved, rewarded, shared_programs
 from tests.train.worlds import CONFIG

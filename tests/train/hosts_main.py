@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import align, reward_model
-from experiments.align_config import AlignConfig
-from experiments.flags import from_flags
-from experiments.launch import program, run_program
-from experiments.reward_model import RewardConfig
+from experiments.align import __main__ as align
+from experiments.align.config import AlignConfig
+from experiments.common.flags import from_flags
+from experiments.common.launch import program, run_program
+from experiments.reward_model import __main__ as reward_model
+from experiments.reward_model.__main__ import RewardConfig
 from tiltjax.align import session as align_session
 from tiltjax.align.fit import tune
 from tiltjax.align.rounds import improve

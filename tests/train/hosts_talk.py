@@ -6,8 +6,8 @@ import sys
 
 import jax
 
-from experiments.flags import from_flags
-from experiments.launch import program, run_program
+from experiments.common.flags import from_flags
+from experiments.common.launch import program, run_program
 from tiltjax.train import distributed
 from tiltjax.train.distributed import Hosts
 

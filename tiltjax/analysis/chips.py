@@ -115,7 +115,7 @@ def predict(chip: Chip, result: dict[str, Any], collectives: Sequence[Collective
 
     Args:
       chip: One of `CHIPS`.
-      result: Of `experiments.plan_compile.analyse`.
+      result: Of `experiments.plan.compile.analyse`.
       collectives: Of one step, with their repetitions counted.
 
     Returns:

@@ -1,0 +1,1 @@
+"""Tilt a language model towards a reward; `python -m experiments.align --help`."""

@@ -1,0 +1,1 @@
+"""Every method beside the exact optimum; `python -m experiments.arena --help`."""

@@ -1,0 +1,1 @@
+"""What every experiment shares: flags, the process, the directory of a run, plots."""

@@ -1,0 +1,1 @@
+"""A denoiser of digits and its tilts; `python -m experiments.diffusion_digits --help`."""

@@ -1,0 +1,1 @@
+"""Reward models of six kinds; `python -m experiments.reward_model --help`."""
