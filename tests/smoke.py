@@ -171,7 +171,7 @@ def learned_reward(folder: pathlib.Path) -> None:
     names = ("num_prompts", "num_eval_prompts", "num_candidates", "max_tokens", "steps", "batch_size", "sample_batch")
     sizes = {name: SIZES[name] for name in names}
     config = reward_model.RewardConfig(
-        kind="global,outcome",
+        kinds="global,outcome",
         policy=_policy(folder),
         prompts=_inputs(folder)["prompts"],
         output=str(folder / "reward_models"),
@@ -190,7 +190,7 @@ def online(folder: pathlib.Path) -> None:
     few = {"puzzle_candidates": 4, "sentiment_candidates": 4, "reference_draws": 1, "sample_batch": 4}
     short = {"puzzle_tokens": 4, "sentiment_tokens": 4, "checkpoint_every": 2}
     config = online.OnlineConfig(
-        task="puzzles,sentiment",
+        tasks="puzzles,sentiment",
         methods="rloo",
         policy=_policy(folder),
         output=str(folder / "online"),

@@ -59,8 +59,8 @@ class ArenaConfig:
     methods: str = field("", "Comma-separated records of tiltjax.train.methods, or all; empty takes the default list.")
     quick: bool = field(False, "Seven methods, two strengths, two seeds and a smaller task: under two minutes.")
     updates: int = field(96, "Mini-batches that every method gets; a multiple of 16.")
-    samples: int = field(64, "Completions per mini-batch; a multiple of 16.")
-    seeds: int = field(3, "Independent runs of every method.")
+    num_completions: int = field(64, "Completions per mini-batch; a multiple of 16.")
+    num_seeds: int = field(3, "Independent runs of every method.")
     learning_rate: float = field(1e-3, "Of Adam, for all methods: a record's own is for a language model.")
     published: bool = field(
         False,
@@ -72,12 +72,12 @@ class ArenaConfig:
     overwrite: bool = overwrite_field()
 
     def __post_init__(self):
-        for name in ("updates", "samples"):
+        for name in ("updates", "num_completions"):
             value = getattr(self, name)
             check_at_least(name, value, 16)
             if value % 16:
                 raise ValueError(f"{name} must be a multiple of 16, got {value}")
-        check_at_least("seeds", self.seeds, 1)
+        check_at_least("num_seeds", self.num_seeds, 1)
         check_positive("learning_rate", self.learning_rate)
         check_at_least("workers", self.workers, 0)
         self.chosen()
@@ -95,10 +95,11 @@ class ArenaConfig:
 
     def budget(self) -> Budget:
         """Of every method."""
-        same: dict[str, Any] = {n: getattr(self, n) for n in ("samples", "learning_rate", "published")}
+        same: dict[str, Any] = {"samples": self.num_completions, "learning_rate": self.learning_rate}
+        same["published"] = self.published
         if self.quick:
             return Budget(updates=48, seeds=2, betas=(1.0, 0.5), **same)
-        return Budget(updates=self.updates, seeds=self.seeds, **same)
+        return Budget(updates=self.updates, seeds=self.num_seeds, **same)
 
 
 def compete(world: World, budget: Budget, methods: Sequence[Method], folder: pathlib.Path, *, workers: int = 0) -> list:

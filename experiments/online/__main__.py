@@ -57,7 +57,7 @@ __all__ = ["TASKS", "OnlineConfig", "run"]
 _LOG = logging.getLogger("experiments.online")  # Not "__main__", whose lines are not shown.
 
 TASKS = ("puzzles", "sentiment")
-FREE = ("task", "methods", *(item.name for item in dataclasses.fields(RunFlags)))
+FREE = ("tasks", "methods", *(item.name for item in dataclasses.fields(RunFlags)))
 """Settings that move no number of a task and method."""
 
 
@@ -65,7 +65,7 @@ FREE = ("task", "methods", *(item.name for item in dataclasses.fields(RunFlags))
 class OnlineConfig(RunFlags, Sources, Law, Tilting, Fitting, Computation):
     """Everything that decides a run."""
 
-    task: str = field("puzzles,sentiment", "Tasks with commas between: puzzles, sentiment.")
+    tasks: str = field("puzzles,sentiment", "Tasks with commas between: puzzles, sentiment.")
     methods: str = field(
         "grpo,rloo,online_dpo_best_worst,online_tilted_mle",
         "Methods with commas between: the records of experiments.align that learn in rounds.",
@@ -109,8 +109,8 @@ class OnlineConfig(RunFlags, Sources, Law, Tilting, Fitting, Computation):
             object.__setattr__(self, "report_beta", self.beta or OWN_BETA)
         if self.eval_temperature is None:  # One for all methods: they are compared.
             object.__setattr__(self, "eval_temperature", 1.0 if self.temperature is None else self.temperature)
-        for part in self.parts("task"):
-            check_choice("task", part, TASKS)
+        for part in self.parts("tasks"):
+            check_choice("tasks", part, TASKS)
         for name in ("puzzle_candidates", "sentiment_candidates"):
             check_at_least(name, getattr(self, name), 2)
         for name in ("reference_draws", "puzzle_tokens", "sentiment_tokens"):
@@ -153,11 +153,11 @@ def _run(config: OnlineConfig, held: Run) -> dict[str, Any]:
         raise ValueError("experiments.online runs on one host")
     methods = config.parts("methods")
     for method in methods:
-        _LOG.info(config.align(config.parts("task")[0], method).describe())
+        _LOG.info(config.align(config.parts("tasks")[0], method).describe())
     results: dict[str, Any] = {}
     samples: dict[str, list] = {}
-    comparisons = len(methods) * len(config.parts("task"))
-    for task in config.parts("task"):
+    comparisons = len(methods) * len(config.parts("tasks"))
+    for task in config.parts("tasks"):
         gold = "" if task == "puzzles" else config.gold
         bench = make_bench(task, config.align(task, ""), held.directory / task, gold=gold)
         parts = bench.session.parts | ({"gold reward": reward_code(gold)} if gold else {})

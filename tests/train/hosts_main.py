@@ -65,7 +65,7 @@ def rewarded(config):
     shared = {name: getattr(config, name) for name in names}
     reward_model.run(
         RewardConfig(
-            kind="global", gold=config.reward, scale=2.0, steps=2, lora_rank=2, output=str(directory), **shared
+            kinds="global", gold=config.reward, scale=2.0, steps=2, lora_rank=2, output=str(directory), **shared
         )
     )
     return directory
