@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tiltjax.papers import citation
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "advantages",
     "align",
