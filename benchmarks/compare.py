@@ -37,7 +37,7 @@ _DTYPES = {"trl": ("bfloat16", "float32", "autocast"), "tunix": ("float32", "bfl
 """Settings of the peers, the usually fastest first."""
 
 _TURNS = ((0, 1), (1, 1), (2, 1), (0, 2))
-"""Of a case: the place of the peers' setting in their lists, and for the how many-th time it is measured."""
+"""For each turn: index into the settings of the peer, and repetition."""
 
 _MINI = ("sft_8x128", "dpo_64_64_in_step", "generate_16", "best_of_16", "group_step")
 

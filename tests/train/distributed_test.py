@@ -142,7 +142,7 @@ def test_a_killed_host_ends_the_other_in_time_and_with_a_message(killed):
     assert killed["status"] == distributed.LOST, killed["log"]
     assert killed["seconds"] < SILENCE + GRACE
     line = killed["log"].splitlines()[-1]
-    assert line.startswith("error: process 0 of 2 cannot go on, another was probably lost (")
+    assert line.startswith("error: process 0 of 2 cannot communicate, another probably died (")
     assert line.endswith("start all of them again with --resume to go on from the last checkpoint")
     assert 2 <= killed["left"] < STEPS
     assert not (killed["directory"] / "results.json").exists()
@@ -291,7 +291,7 @@ def test_who_is_killed_is_missed_at_once(gone, name):
     assert end["seconds"] < GRACE - 8  # Counted from the end of the silence that JAX waits for.
     assert end["status"] == distributed.LOST, end["log"]
     assert end["log"].splitlines()[-1].startswith("error: process ")
-    assert "cannot go on, another was probably lost (" in end["log"].splitlines()[-1]
+    assert "cannot communicate, another probably died (" in end["log"].splitlines()[-1]
     assert "Fatal Python error" not in end["log"]
 
 
@@ -300,7 +300,7 @@ def test_whoever_is_silent_the_other_ends_in_time_and_says_so(gone, name):
     """Whether Gloo or the coordinator of JAX is first to notice, and so whose message and status it is, may differ."""
     end = gone[name]
     assert end["seconds"] < GRACE
-    messages = {distributed.LOST: "cannot go on, another was probably lost",
+    messages = {distributed.LOST: "cannot communicate, another probably died",
                 -signal.SIGABRT: "the JAX distributed service detected fatal errors"}  # fmt: skip
     assert end["status"] in messages, end["log"]
     assert messages[end["status"]] in end["log"]

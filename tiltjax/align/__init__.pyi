@@ -20,12 +20,12 @@ from .fit import adapters as adapters
 from .fit import bucketed as bucketed
 from .fit import fingerprint_of as fingerprint_of
 from .fit import host_data as host_data
+from .fit import merge_policy as merge_policy
 from .fit import optimizer as optimizer
 from .fit import packed as packed
 from .fit import schedule_of as schedule_of
 from .fit import training_data as training_data
 from .fit import tune as tune
-from .fit import whole as whole
 from .inputs import LEARNED as LEARNED
 from .inputs import Inputs as Inputs
 from .inputs import load_cost as load_cost

@@ -39,12 +39,12 @@ __all__ = [
     "bucketed",
     "fingerprint_of",
     "host_data",
+    "merge_policy",
     "optimizer",
     "packed",
     "schedule_of",
     "training_data",
     "tune",
-    "whole",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -90,8 +90,8 @@ def fingerprint_of(session: Session) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def whole(trained: Params, frozen: Params) -> Transformer:
-    """The policy that the halves of `adapters` make, adapters merged."""
+def merge_policy(trained: Params, frozen: Params) -> Transformer:
+    """Merges the two halves of `adapters` into one policy, adapters included."""
     return lora.merge(trained if frozen is None else lora.combine(trained, frozen))
 
 
@@ -294,4 +294,4 @@ def tune(session: Session, drawn: Candidates) -> Transformer:
         checkpoint_every=settings.checkpoint_every,
         fingerprint=fingerprint_of(session),
     )
-    return whole(distributed.replicate(state.params, session.mesh), frozen)
+    return merge_policy(distributed.replicate(state.params, session.mesh), frozen)

@@ -89,7 +89,7 @@ class Inputs:
         )
 
     def mixed_in(self, key: PRNGKey, place: Bool[np.ndarray, " N"], drawn: Candidates, told: Feedback) -> tuple:
-        """The batch with as many rows again: a text of the corpus on its own prompt, in the corpus's place among N.
+        """Appends one row of the corpus per prompt, at the corpus's candidate index; its other candidates are masked.
 
         Args:
           key: Decides which texts.

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from tiltjax.align.feedback import feedback
-from tiltjax.align.fit import adapters, fingerprint_of, optimizer, schedule_of, whole
+from tiltjax.align.fit import adapters, fingerprint_of, merge_policy, optimizer, schedule_of
 from tiltjax.align.inputs import load_inputs
 from tiltjax.align.law import share_cut
 from tiltjax.align.session import Session
@@ -66,7 +66,7 @@ def improve(session: Session, *, watch: Callable[[int, Transformer], None] | Non
 
     def policy() -> Transformer:
         params = distributed.replicate(players.state.params, mesh)
-        return whole(params["model"] if isinstance(params, dict) else params, frozen)
+        return merge_policy(params["model"] if isinstance(params, dict) else params, frozen)
 
     silent, ends = not distributed.is_main(), text.end_ids(session.tokenizer)
     with (

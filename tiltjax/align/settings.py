@@ -40,7 +40,7 @@ FREE = ("checkpoint_every",)
 """Settings that move no number of a run."""
 
 COMPUTED = ("remat", "attention", "length_buckets")
-"""How a run computes, not what: they move its numbers by rounding, so it may go on with others."""
+"""Execution options: they change results only by rounding, so a resumed run may have other values."""
 
 UNTRAINED = "soft_best_of_n"
 """The way to the tilt that trains nothing."""
@@ -157,8 +157,8 @@ class Computation:
     )
     remat: str = field(
         "full",
-        "What the backward pass computes again of each block, to save memory: all of it, all but the matrix products "
-        "(dots), or nothing.",
+        "Rematerialisation: what the backward pass computes again of each block, to save memory: all of it (full), all "
+        "but the matrix products (dots), or nothing (none).",
         choices=REMAT,
     )
     attention: str = field(
@@ -169,7 +169,7 @@ class Computation:
     )
     sample_batch: int = field(
         8,
-        "Prompts sampled (their number of candidates, from a queue) and scored at a time; where devices cannot share "
+        "Prompts sampled (by continuous batching of their candidates) and scored at a time; where devices cannot share "
         "them, they share the candidates of each.",
     )
 
@@ -225,14 +225,14 @@ class Settings(Sources, Law, Tilting, Fitting, Computation):
     )
     length_buckets: int = field(
         4,
-        "Most shapes (prompt by completion length) that the steps of a fit are padded to, each a compilation and taken "
-        "only where it saves a tenth of the positions; 1 pads all to the longest. Methods in rounds and packed rows "
-        "have one.",
+        "Maximum number of shapes (prompt by completion length) to pad the steps of a fit to. Each costs a compilation "
+        "and is used only if it saves a tenth of all positions; 1 pads to the longest. Methods in rounds and packed "
+        "rows have one.",
     )
     length_window: int = field(
         1,
-        "Batches of an epoch among which prompts of similar length are put together, so that buckets save more; steps "
-        "are then no longer random draws of the prompts. 1 leaves them random.",
+        "Sort prompts by length within windows of this many batches, so that length_buckets saves more; batches are "
+        "then no longer uniform samples of the prompts. 1 does not sort.",
     )
     mapping: str = field("sharded", "How the step is mapped over devices.", choices=("sharded", "pmap"))
 

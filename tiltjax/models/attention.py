@@ -121,15 +121,15 @@ def attention(
 
 
 def operand_dtype(dtype: Dtype, *, rows: int = 0) -> Dtype:
-    """The type that attention multiplies in: what it is given comes converted where it is in it already.
+    """Operand dtype of the attention matmuls; callers that already pass this dtype avoid a conversion.
 
     Args:
       dtype: Operand type of the matrix products.
-      rows: How many queries a cache's keys of one head are multiplied with at once; 0 where there is a gradient.
+      rows: Queries per head of the KV cache in one matmul when decoding; 0 where there is a gradient.
 
     Returns:
-      ``dtype``; on the CPU float32 or wider, unless ``rows`` are many: XLA has batched bf16 x bf16 -> f32 products
-      there in the order of rows that decoding has them in, and fails at run time at those of a gradient.
+      ``dtype``; on a CPU float32 or wider, unless ``rows`` is large. There XLA supports batched bf16 x bf16 -> f32
+      matmuls only in the layout of decoding; the transposed ones of the backward pass fail at run time.
     """
     if jax.default_backend() != "cpu" or (rows >= _MANY_ROWS and multiplies_bfloat16()):
         return dtype

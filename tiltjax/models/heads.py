@@ -1,4 +1,4 @@
-"""A transformer that says numbers instead of tokens: scalar heads on its hidden states, one reading after every token.
+"""Scalar heads on a transformer: one value per token.
 
 The backbone is any `tiltjax.models.transformer.Transformer`, adapters included. On disk it is a Hugging Face directory
 as `tiltjax.models.pretrained.save` writes it, with the heads in two small files beside.

@@ -22,10 +22,10 @@ ACTIVATIONS = {
 
 
 WIDEN = ("query", "key", "value", "gate", "up")
-"""Maps whose outputs are split where devices share a layer."""
+"""Column-parallel projections: the output dimension is sharded over ``tensor``."""
 
 NARROW = ("out", "down")
-"""Maps whose inputs are."""
+"""Row-parallel projections: the input dimension is sharded over ``tensor``."""
 
 
 class Linear(nnx.Module):

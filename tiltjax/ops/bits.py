@@ -1,4 +1,4 @@
-"""Numbers of 16 bits where they are stored: in loops, and as what a gradient remembers."""
+"""Keeps 16-bit arrays 16-bit on a CPU, where XLA would widen them in loops and in saved residuals."""
 
 import functools
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def part(take: Callable[[Array, Array], Array], x: Array, index: Array) -> Array
     """
     if as_bits(x).dtype == x.dtype:
         return take(x, index)
-    # Tied to the index, lest a loop take the change of type out of itself, for all of x.
+    # The barrier on the index stops XLA from hoisting the cast of all of x out of the loop.
     x, index = jax.lax.optimization_barrier((x, index))
     return from_bits(take(as_bits(x), index), x.dtype)
 

@@ -87,7 +87,7 @@ def axis_size(axis_name: AxisName) -> int:
 
 
 def alike(*arrays: Array) -> tuple[Array, ...]:
-    """Arrays that devices share, as each device's own where others of ``arrays`` are: for a gradient's own rule.
+    """Casts replicated arrays to device-varying if any of ``arrays`` varies; for custom VJPs under `jax.shard_map`.
 
     Under `jax.shard_map` a rule that is given a device's rows and a shared matrix knows the device's part of the
     matrix's gradient only. The parts are summed on the way back through this function.
@@ -114,7 +114,7 @@ def spread(x: Array, axes: tuple[str, ...] = ("data", "fsdp")) -> Array:
       axes: Mesh axes; those that the mesh does not have, or that are mapped by hand, do not count.
 
     Returns:
-      ``x``, unchanged; without a mesh, or where the sizes do not divide, not even told.
+      ``x``. Without a mesh, or if the axis does not divide it, no constraint is added.
     """
     sizes = _free_axes(jax.sharding.get_abstract_mesh())
     axes = tuple(axis for axis in axes if axis in sizes)
@@ -136,7 +136,7 @@ def whole(x: Array, *, split: int | None = None, axis: str = "tensor") -> Array:
       axis: Over which mesh axis.
 
     Returns:
-      ``x``, unchanged; without a mesh, not even told.
+      ``x``. Without a mesh no constraint is added.
     """
     sizes = _free_axes(jax.sharding.get_abstract_mesh())
     if not sizes:

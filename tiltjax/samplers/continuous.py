@@ -40,7 +40,7 @@ class _State:
       token: The last of them, ``[G, W]``.
       out: Of all that is drawn, ``[P, N, T, ...]``: `tiltjax.samplers.decode.blank`.
       lengths: Of the completions, ``[P, N]``.
-      steps: How often the model was run on the slots.
+      steps: Decode steps so far.
     """
 
     cache: Any

@@ -25,8 +25,7 @@ class Decoded:
       token_logp: Log-probability under the model at temperature 1, nats, ``[B, N, T]``; 0 on padding.
       sampled_token_logp: Log-probability under the distribution that was drawn from (temperature, top-k, top-p
         applied), nats, ``[B, N, T]``; 0 on padding.
-      steps: How often the model was run on all slots after the prompts, one number per independent loop; None where
-        nobody counted.
+      steps: Decode steps after the prompts, one entry per independent loop; None if they were not counted.
       support: The tokens that top-k and top-p left at every step, `tiltjax.samplers.logits.support_of`,
         ``[B, N, T, ceil(V / 8)]``; None where nothing was filtered.
     """

@@ -53,11 +53,11 @@ class Hosts:
 
     coordinator: str = field(
         "",
-        "Several hosts: host:port of process 0. Empty lets JAX find it (SLURM, Open MPI, GKE, TPU pods, "
-        "JAX_COORDINATOR_ADDRESS) and is one process where there is nothing to find; off does not look.",
+        "Several hosts: host:port of process 0. Empty detects it (SLURM, Open MPI, GKE, TPU pods, "
+        "JAX_COORDINATOR_ADDRESS) and otherwise runs one process; off detects nothing.",
     )
-    num_processes: int = field(0, "Several hosts: how many processes; 0 lets JAX find it.")
-    process_id: int = field(-1, "Several hosts: which one this is, from 0; -1 lets JAX find it.")
+    num_processes: int = field(0, "Several hosts: number of processes; 0 detects it.")
+    process_id: int = field(-1, "Several hosts: index of this process, from 0; -1 detects it.")
     heartbeat_timeout: int = field(
         int(os.environ.get("TILTJAX_HEARTBEAT_TIMEOUT", "100")),
         "Several hosts: seconds of silence after which a host is taken for dead and the run ends "
@@ -92,7 +92,7 @@ def initialize(hosts: Hosts = Hosts()) -> None:
       hosts: What is left open is taken from the environment.
 
     Raises:
-      ValueError: If it is configured by half, in one line that says what is missing.
+      ValueError: If only some of the three settings are there; the message names the missing ones.
       RuntimeError: If JAX has been used already.
     """
     given: dict[str, Any] = {

@@ -31,8 +31,8 @@ def end(reason: Any) -> NoReturn:
     _ENDS.acquire()  # Never released: whoever is second waits for the end.
     sys.stdout.flush()
     _last_words(
-        f"\nerror: process {jax.process_index()} of {jax.process_count()} cannot go on, another was probably lost "
-        f"({str(reason).strip().splitlines()[0]}); start all of them again with --resume to go on from the last "
+        f"\nerror: process {jax.process_index()} of {jax.process_count()} cannot communicate, another probably died "
+        f"({str(reason).strip().splitlines()[0]}); restart all of them with --resume to go on from the last "
         "checkpoint\n"
     )
     os._exit(LOST)  # An orderly exit would wait for the host that is gone.

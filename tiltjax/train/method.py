@@ -124,10 +124,10 @@ class Batch:
 
     @property
     def ref(self) -> View:
-        """The reference's view, for who reads it.
+        """The outputs of the reference.
 
         Raises:
-          ValueError: If there is none: the record says that nobody does.
+          ValueError: If the method declares ``reads_reference=False``.
         """
         if self.ref_view is None:
             raise ValueError("reads_reference must be True for a method that reads the reference's view, got False")

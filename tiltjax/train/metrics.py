@@ -80,8 +80,8 @@ class Line:
     def values(self) -> dict[str, float]:
         """Waits for its numbers; raises `tiltjax.train.finite.NonFiniteError` on every host if one is not finite.
 
-        One process is told here if it could not be written. With several, where process 0 would be the only one to be
-        told while the others go on without it, `written` tells, at a place where all of them ask.
+        With one process, errors of writing are raised here; with several, by `written`, which all hosts call, so that
+        none continues alone.
         """
         if jax.process_count() == 1:
             self._written.result()
@@ -93,9 +93,10 @@ class Line:
 
 
 class Journal:
-    """Metrics that process 0 writes behind the steps, by a `MetricsWriter`, one line after another; a context manager.
+    """Asynchronous metrics writer; a context manager.
 
-    With several hosts all of them make one, and write the same lines. Where the files cannot be opened, none has one.
+    Create it on every host and write the same lines; only process 0 writes them, in order, on a background thread.
+    Where the files cannot be opened, all hosts raise.
 
     Args:
       directory: As for `MetricsWriter`; None writes no file, and lines that are not finite are refused all the same.

@@ -110,7 +110,7 @@ def model_objective(method: Method, *, beta: Numeric) -> Callable:
 
 
 def at_work(players: Players, sources: Collection[str], *, frozen: Params = None) -> Players:
-    """The players as `model_sample` reads them fastest, to be made once for all the draws of a round.
+    """Merges adapters and casts weights once, for all draws of a round.
 
     Args:
       players: Policies.

@@ -60,14 +60,14 @@ def make_sampler(
       temperature: Softmax temperature; 0 is greedy.
       top_k: See `tiltjax.samplers.logits`.
       top_p: Likewise.
-      slots: Candidates at a time: the B prompts of a call are a queue, and a finished candidate makes room for the next
-        one (`tiltjax.samplers.continuous`). None decodes all of them together, to the end of the last.
-      mesh: Divides every call over ``data`` and ``fsdp``: an axis divides the prompts, or every prompt's candidates
-        (each device then runs the prompt itself), or nothing: its devices do the same work. Of what the numbers allow
-        it is what keeps most devices busy, and then what divides prompts most. With ``slots``, or where candidates are
-        divided, a device works on its own share of the call and of the slots, with whole parameters, and waits for no
-        other. Otherwise prompts are divided as they lie; so are they where devices share a layer (``tensor`` above 1)
-        and must go in step: all candidates are decoded together there.
+      slots: Candidates decoded at a time by continuous batching: the prompts of a call are a queue, and a finished
+        candidate makes room for the next one (`tiltjax.samplers.continuous`). None decodes all together, to the end of
+        the longest.
+      mesh: Shards each call over ``data`` and ``fsdp``. An axis shards the prompts, or the candidates of each prompt
+        (every device then runs the prompt itself), or is replicated; the choice that uses most devices is taken, and
+        of those the one that shards prompts most. With ``slots``, or where candidates are sharded, each device decodes
+        its own share with whole parameters and waits for no other. With tensor parallelism (``tensor`` above 1)
+        devices go in step: all candidates are decoded together.
 
     Returns:
       ``(key, model, prompt [B, S], prompt_mask [B, S], index [B] = 0 .. B - 1) -> Decoded``: prompt i draws with
@@ -166,7 +166,7 @@ def make_scorer(*, temperature: float = 1.0) -> Callable[[Transformer, Candidate
 
 
 def narrow(model: Transformer) -> Transformer:
-    """The model with its matrices in the type they are multiplied in: what a sampler makes of it at every call.
+    """The model with its weights cast to ``compute_dtype``, once instead of at every call of a sampler.
 
     Args:
       model: Any policy.
@@ -241,7 +241,7 @@ def collect(
     mine = distributed.host_rows(sharding, batch_size)
 
     paths = [pathlib.Path(folder or "") / f"{i:05d}.npz" for i in range(len(plan))]
-    # Settled before anything is drawn: asked later, the hosts would answer behind the batch that is under way.
+    # Check for existing files first: a later collective would queue behind the running batch.
     kept = {path for path in paths if folder is not None and distributed.agree(path.exists())}
 
     def start(i: int) -> Candidates | Decoded:
@@ -372,7 +372,7 @@ def overlapped(work: Iterable[Any], start: Callable[[Any], Any], finish: Callabl
 
 
 def whole_on_every_host(drawn: PyTree, sharding: Sharding | None) -> PyTree:
-    """Starts the exchange between hosts right behind the draw: begun later, it would wait for the next batch.
+    """Dispatches the all-gather between hosts right after sampling, so that it is not queued behind the next batch.
 
     Args:
       drawn: Arrays that the devices are going to fill.

@@ -193,8 +193,8 @@ def label(
 def objective(method: Method, *, view: ViewFn, beta: Numeric) -> Callable:
     """The loss function of a train step on a `Batch`.
 
-    On the rows of a round's first step the policy *is* the old one, so its own log-probabilities stand for the old
-    ones: every ratio is exactly 1 there, whatever two compilations of one model differ by.
+    In the first gradient step of a round the policy equals the sampler, so its own log-probabilities are used as the
+    old ones: the importance weight is exactly 1, even if two compilations of one model round differently.
 
     Args:
       method: The record.
