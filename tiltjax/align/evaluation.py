@@ -38,6 +38,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "font.size": 10,
 }
+"""How figures look: settings of matplotlib."""
 
 
 @dataclasses.dataclass(frozen=True)

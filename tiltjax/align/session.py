@@ -88,8 +88,8 @@ class Session:
       mesh: Of devices.
       sampler: Draws candidates of the training prompts.
       evaluator: Draws candidates of the held-out prompts.
-      scorer: ``temperature -> `` the function that computes log-probabilities of completions.
-      viewer: ``temperature -> `` the function that asks a policy about every token.
+      scorer: ``temperature ->`` the function that computes log-probabilities of completions.
+      viewer: ``temperature ->`` the function that asks a policy about every token.
       inputs: What the method needs besides prompts and a reward.
       parts: What the run is made of -> its fingerprint.
       fingerprint: Of all parts.

@@ -150,6 +150,7 @@ class RankedRow(_Template):
 
 
 Row = PromptRow | SupervisedRow | PairRow | UnpairedRow | RankedRow
+"""A row of any kind."""
 
 
 def parse_row(record: Any, kind: str, *, place: str = "") -> Row:

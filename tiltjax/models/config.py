@@ -11,10 +11,13 @@ from tiltjax.ops.checks import check_at_least, check_choice
 __all__ = ["ATTENTION", "FAMILIES", "REMAT", "RUN_TIME", "TransformerConfig", "config_from_hf", "config_to_hf"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
+"""Architectures, by the names that ``config.json`` gives them under "model_type"."""
 
 REMAT = ("dots", "full", "none")
+"""What the backward pass may recompute: "full", each block; "dots", all but its matrix products; "none", nothing."""
 
 ATTENTION = ("auto", "fused", "plain")
+"""Which attention may run: "fused" by the device's own kernel, "plain" by jax.numpy, "auto" the better one here."""
 
 RUN_TIME = ("compute_dtype", "remat", "attention")
 """Fields that say how to compute, not what: no part of a checkpoint or of a fingerprint."""

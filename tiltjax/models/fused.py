@@ -22,6 +22,7 @@ from tiltjax.types import Array, Dtype, Float, Int
 __all__ = ["IMPLEMENTATIONS", "choose", "fused_attention", "merge_attention"]
 
 IMPLEMENTATIONS = ("cudnn", "pallas", "xla")
+"""Who runs the attention: cuDNN on a GPU, Pallas on a TPU, or XLA anywhere."""
 
 _BACKWARD = "_dot_product_attention_bwd_p_wrapper"
 

@@ -19,6 +19,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+"""Name -> the non-linearity of an MLP."""
 
 
 WIDEN = ("query", "key", "value", "gate", "up")

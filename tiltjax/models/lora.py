@@ -15,6 +15,7 @@ from tiltjax.types import Array, Params, PRNGKey
 __all__ = ["TARGETS", "add", "combine", "is_adapter", "merge", "partition"]
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
+"""The linear maps of a block that may have an adapter."""
 
 
 def add(

@@ -174,7 +174,7 @@ def fit_classifier(
     )  # fmt: skip
 
 
-def imdb_reward(data: str = f"{HOME}/{ARCHIVE}", keep: str = HOME) -> Callable[[list[str], list[str]], list[float]]:
+def imdb_reward(data: str = HOME + "/" + ARCHIVE, keep: str = HOME) -> Callable[[list[str], list[str]], list[float]]:
     """Reward: the probability, 0 to 1, that a completion is of a positive review; the prompt is not read.
 
     The classifier is fitted at first use, in about 20 seconds, and right on 9 of 10 reviews that it was not fitted to.

@@ -31,6 +31,7 @@ AXES = ("data", "fsdp", "tensor")
 """Mesh axes: prompts over ``data`` and ``fsdp``; parameters over ``fsdp`` and ``tensor``."""
 
 BATCH = PartitionSpec(("data", "fsdp"))
+"""Where a batch lies: its prompts are split over both axes."""
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
@@ -125,7 +126,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The `NamedSharding` of every leaf of parameters, optimizer state or a whole `TrainState`."""
+    """The `jax.sharding.NamedSharding` of every leaf of parameters, optimizer state or a whole `TrainState`."""
 
     def place(path, leaf):
         return NamedSharding(mesh, param_spec(jax.tree_util.keystr(path), np.shape(leaf), mesh))
