@@ -44,8 +44,6 @@ nitpick_ignore_regex = [
     ("py:obj", r"(jax|jit|jnp|numpy|optax|flax|pmap|shard_map|vmap|dataclasses|transformers|experiments)\b.*"),
 ]
 
-undescribed = ["tiltjax.samplers.METHODS", "tiltjax.samplers.resample.METHODS"]
-
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # Fields are described by their class, not indexed one by one.

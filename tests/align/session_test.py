@@ -91,11 +91,10 @@ def test_every_method_has_its_own_numbers_where_nothing_is_said(session):
     assert session.settings.change(method="rloo", beta=0.3).change(method="grpo").beta == 0.3
 
 
-@pytest.mark.parametrize("method", ["rloo", "dpo"])
-def test_other_records_run_on_the_same_session(session, method):
+def test_other_records_run_on_the_same_session(session):
     before = session.sample()
-    tuned = session.align(method, **FIT)
-    assert tuned.settings.method == method
+    tuned = session.align("dpo", **FIT)
+    assert tuned.settings.method == "dpo"
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), tuned.model, session.model)
     assert 1e-6 < max(jax.tree.leaves(moved)) < 1
     assert session.sample() is before
@@ -109,6 +108,7 @@ def test_without_training_the_policy_is_the_reference(session):
 
 
 def test_metrics_and_checkpoints_are_kept_where_a_directory_is_wanted(session, tmp_path):
+    before = session.settings
     whole = session.align("rloo", directory=tmp_path / "whole", checkpoint_every=1, **FIT)
     assert len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -123,6 +123,7 @@ def test_metrics_and_checkpoints_are_kept_where_a_directory_is_wanted(session, t
         session.align("rloo", directory=tmp_path / "cut", checkpoint_every=1, watch=cut, **FIT)
     again = session.align("rloo", directory=tmp_path / "cut", checkpoint_every=1, resume=True, **FIT)
     same(whole.model, again.model)
+    assert session.settings == before
 
 
 def test_candidates_are_kept_where_the_session_has_a_directory(policy, session, tmp_path):

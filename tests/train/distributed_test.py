@@ -143,7 +143,7 @@ def test_a_killed_host_ends_the_other_in_time_and_with_a_message(killed):
     assert killed["seconds"] < SILENCE + GRACE
     line = killed["log"].splitlines()[-1]
     assert line.startswith("error: process 0 of 2 cannot communicate, another probably died (")
-    assert line.endswith("start all of them again with --resume to go on from the last checkpoint")
+    assert line.endswith("restart all of them with --resume to go on from the last checkpoint")
     assert 2 <= killed["left"] < STEPS
     assert not (killed["directory"] / "results.json").exists()
 

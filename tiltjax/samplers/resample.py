@@ -14,6 +14,7 @@ from tiltjax.types import Array, Float, Int, PRNGKey
 __all__ = ["METHODS", "counts", "inverse_cdf", "resample"]
 
 METHODS = ("multinomial", "residual", "stratified", "systematic")
+"""Names of the schemes that `resample` knows."""
 
 
 def resample(
