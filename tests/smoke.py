@@ -7,7 +7,7 @@ the real policy, bfloat16 operands, low-rank adapters, one device. Each takes tw
 finite numbers. Jobs are listed in `JOBS`; every source of candidates and every family of records is there, which
 `tests/smoke_test.py` checks. Programs are compiled with little optimisation, as in tests: it is the same semantics.
 Compiled programs are shared between the jobs of a run, and never with another run.
-`notebook_align` runs all 30 layers; the other jobs run the first `LAYERS` of them, with `--all_layers` all: each
+`command` runs all 30 layers; the other jobs run the first `LAYERS` of them, with `--all_layers` all: each
 layer is unrolled in decoding and compiled anew for every record.
 """
 
@@ -225,7 +225,7 @@ def command(folder: pathlib.Path, name: str, module: str, *flags: str) -> None:
 def notebook(folder: pathlib.Path, name: str, *, exact: bool = True) -> None:
     """Every cell of a notebook runs and shows what the committed one shows: the same text where ``exact``, or as much.
 
-    Numbers of a policy depend on the machine and on how its programs are compiled.
+    Numbers of a policy depend on the machine and on how its programs are compiled. The policy is that of `_policy`.
     """
     import nbclient
     import nbformat
@@ -233,6 +233,8 @@ def notebook(folder: pathlib.Path, name: str, *, exact: bool = True) -> None:
     path = ROOT / "notebooks" / f"{name}.ipynb"
     content = nbformat.read(path, as_version=4)
     before = [_shown(cell, exact) for cell in content.cells]
+    for cell in content.cells:
+        cell.source = cell.source.replace('"smollm2"', repr(_policy(folder)))
     nbclient.NotebookClient(content, timeout=300, kernel_name="python3").execute(cwd=path.parent)
     for cell in content.cells:  # Progress and log lines are not kept with a notebook.
         kept = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
@@ -263,14 +265,13 @@ def _plan(folder: pathlib.Path) -> None:
 
 def _readme(folder: pathlib.Path) -> None:
     """The command of README, cut down; all that it draws has one shape, which is compiled once."""
-    own = {"policy": _policy(folder), "batch_size": 4, "sample_batch": 4}
-    sizes = [f"--{name}={value}" for name, value in (SIZES | own).items()]
+    sizes = [f"--{name}={value}" for name, value in (SIZES | {"batch_size": 4, "sample_batch": 4}).items()]
     command(folder, "command", "experiments.align", "--method=rloo", *sizes)
 
 
 JOBS: dict[str, Callable[[pathlib.Path], None]] = {
-    "notebook_align": lambda folder: notebook(folder, "align", exact=False),
     "command": _readme,
+    "notebook_align": lambda folder: notebook(folder, "align", exact=False),
     "guidance": lambda folder: diffusion(folder, "guidance"),
     "digits": digits,
     "online": online,
