@@ -44,7 +44,7 @@ SIZES: dict[str, Any] = {"num_prompts": 4, "num_eval_prompts": 4, "num_candidate
 SIZES |= {"batch_size": 2, "sample_batch": 2, "checkpoint_every": 1}
 
 METHODS: dict[str, dict[str, Any]] = {
-    "rloo": {},
+    "rloo": {"mask_truncated": True},
     "remax": {},
     "spo": {},
     "xpo": {},
@@ -276,7 +276,6 @@ JOBS: dict[str, Callable[[pathlib.Path], None]] = {
     "digits": digits,
     "online": online,
     "learned_reward": learned_reward,
-    "float32": lambda folder: align(folder, "float32", method="rloo", compute_dtype="float32", mask_truncated=True),
     "all_parameters": lambda folder: record(folder, "all_parameters", method="rloo", lora_rank=0),
     **{name: functools.partial(record, name=name, **settings) for name, settings in METHODS.items()},
     "plan": _plan,
